@@ -1,0 +1,140 @@
+"""The manifest: what one published epoch says of itself, and who stands for it.
+
+One JSON file beside the state's files. Its canonical bytes (sorted keys, no spaces, without signatures) are
+what leader and members sign; the sha256 of the whole file is what goes on chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hivetrain.errors import IntegrityError
+
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hotkey = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class FileEntry(BaseModel):
+    """One file of the epoch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class FaultEntry(BaseModel):
+    """Who did what wrong in the all-reduce, as seen by whom."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    hotkey: Hotkey
+    fault: Annotated[str, Field(max_length=32)]
+    detail: Annotated[str, Field(max_length=500)]
+
+
+class Manifest(BaseModel):
+    """One epoch. See `docs/protocol.md`, "Manifest"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    run_id: Sha256
+    epoch: Annotated[int, Field(ge=0)]
+    round: Annotated[int, Field(ge=-1)]  # -1: genesis
+    attempt: Annotated[int, Field(ge=0)] = 0
+    parent: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # sha256 of the parent's manifest file; "" at genesis
+    schema_hash: Sha256
+    state_hash: Sha256
+    files: dict[str, FileEntry]
+    members: tuple[Hotkey, ...] = ()  # senders whose vector is in the mean
+    weights: dict[Hotkey, float] = {}  # receipted samples of each sender
+    faults: tuple[FaultEntry, ...] = ()
+    val_loss: float  # held-out loss of this state, nats per token
+    samples: Annotated[int, Field(ge=0)] = 0  # verified samples of this epoch
+    allreduce_seconds: float = 0.0
+    allreduce_bytes: Annotated[int, Field(ge=0)] = 0
+    block: Annotated[int, Field(ge=0)]
+    nonce: Annotated[str, Field(min_length=16, max_length=64)]  # makes the bytes of every publish unique
+    leader: Hotkey
+    leader_signature: str = ""
+    signatures: dict[Hotkey, str] = {}  # members' hex signatures over `state_message`
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes."""
+        return _canonical(self.model_dump(mode="json"))
+
+    def sha256(self) -> str:
+        """Hex digest of the file: what is committed on chain."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def signed_bytes(self) -> bytes:
+        """What the leader signs: everything but its own signature."""
+        return b"hivetrain-manifest/1\n" + _canonical(self.model_dump(mode="json", exclude={"leader_signature"}))
+
+
+def state_message(run_id: str, round_number: int, attempt: int, state_hash: str) -> bytes:
+    """What a member signs to say "this is the state that I hold after this round"."""
+    return f"hivetrain-state/1\n{run_id}\n{round_number}\n{attempt}\n{state_hash}".encode()
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Parse a manifest from the hub.
+
+    Raises:
+        IntegrityError: too large, not JSON, or not a manifest.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise IntegrityError(f"manifest is {len(raw)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+    try:
+        return Manifest.model_validate_json(raw)
+    except ValidationError as exc:
+        raise IntegrityError(f"not a manifest: {exc.error_count()} errors, first: {exc.errors()[0]['msg']}") from exc
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ref:
+    """A published epoch on the hub.
+
+    Attributes:
+        epoch: its number.
+        commit: the hub's commit sha.
+        manifest: its parsed manifest.
+        manifest_sha256: digest of the manifest's bytes as they lie on the hub.
+    """
+
+    epoch: int
+    commit: str
+    manifest: Manifest
+    manifest_sha256: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.manifest_sha256:
+            object.__setattr__(self, "manifest_sha256", self.manifest.sha256())
+
+
+def epoch_tag(epoch: int) -> str:
+    """``epoch-000042``."""
+    return f"epoch-{epoch:06d}"
+
+
+__all__ = [
+    "MANIFEST_NAME",
+    "FaultEntry",
+    "FileEntry",
+    "Manifest",
+    "Ref",
+    "epoch_tag",
+    "parse_manifest",
+    "state_message",
+]
