@@ -52,6 +52,7 @@ class Manifest(BaseModel):
     parent: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]  # sha256 of the parent's manifest file; "" at genesis
     schema_hash: Sha256
     state_hash: Sha256
+    base_epoch: Annotated[int, Field(ge=0)] = 0  # the epoch whose tag holds recipe, tokenizer, index and base model
     files: dict[str, FileEntry]
     members: tuple[Hotkey, ...] = ()  # senders whose vector is in the mean
     weights: dict[Hotkey, float] = {}  # receipted samples of each sender

@@ -1,0 +1,6 @@
+"""From what a validator saw of a miner in one round to a share of the pay."""
+
+from hivetrain.scoring.average import MovingAverage
+from hivetrain.scoring.score import Bandwidth, CheckResult, RoundFacts, Score, Unscored, score_round
+
+__all__ = ["Bandwidth", "CheckResult", "MovingAverage", "RoundFacts", "Score", "Unscored", "score_round"]

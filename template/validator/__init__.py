@@ -1,0 +1,1 @@
+"""What only validators do: collect receipts, replay, lead, publish, score, set weights."""

@@ -1,0 +1,220 @@
+"""Who averages what with whom, until when: the plan that the leader's AllReduce synapse carries.
+
+Everyone who joins works from the same plan, and proves it: the group id, a hash over all of it, is in every
+handshake. Weights come from the plan alone; what a sender says of itself has no effect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hivetrain.averaging.layout import PayloadLayout, Section, part_bounds
+from hivetrain.errors import Fault, PeerFault
+from hivetrain.verification.merkle import DIGEST_BYTES
+
+MAX_MEMBERS = 256
+MAX_WEIGHTED_SUM = 1e37  # of float32's 3.4e38: the sum of w * x cannot overflow below it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One member of a group.
+
+    Attributes:
+        hotkey: who it is.
+        peer_id: its libp2p peer id, base58.
+        maddrs: multiaddresses at which it can be reached.
+        weight: receipted samples; 0 sends nothing and only receives (a validator, or a member that failed a check).
+        reduces: whether it reduces a part.
+        root: Merkle root over the chunk digests of its payload; None where it sends nothing.
+        share: size of its part, relative to the other reducers.
+    """
+
+    hotkey: str
+    peer_id: str
+    maddrs: tuple[str, ...]
+    weight: float
+    reduces: bool
+    root: bytes | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight of {self.hotkey} must be finite and >= 0, got {self.weight}")
+        if self.weight > 0 and (self.root is None or len(self.root) != DIGEST_BYTES):
+            raise ValueError(f"{self.hotkey} sends, so its root must be {DIGEST_BYTES} bytes, got {self.root!r}")
+        if not (math.isfinite(self.share) and self.share > 0):
+            raise ValueError(f"share of {self.hotkey} must be finite and > 0, got {self.share}")
+
+    @property
+    def sends(self) -> bool:
+        """Whether its vector belongs into the mean."""
+        return self.weight > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Chunks ``[start, stop)``, reduced by ``reducer``."""
+
+    index: int
+    reducer: Member
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """One attempt at one round's all-reduce.
+
+    Attributes:
+        run_id, round, attempt: which.
+        members: in the order in which their values are summed.
+        layout: of everyone's payload.
+        send_deadline_s: a sender that is not in by then is left out; seconds from the start.
+        deadline_s: everything ends by then. Leave as much after the send deadline as before it: the means travel then.
+        max_abs: a value past it is out of bound.
+
+    Raises:
+        ValueError: a plan that cannot work; names the field.
+    """
+
+    run_id: str
+    round: int
+    attempt: int
+    members: tuple[Member, ...]
+    layout: PayloadLayout
+    send_deadline_s: float
+    deadline_s: float
+    max_abs: float
+
+    def __post_init__(self) -> None:
+        for what, names in (
+            ("hotkey", [m.hotkey for m in self.members]),
+            ("peer id", [m.peer_id for m in self.members]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"a group names every {what} once, got {twice[0]} {names.count(twice[0])} times")
+        if len(self.members) > MAX_MEMBERS:
+            raise ValueError(f"a group has at most {MAX_MEMBERS} members, got {len(self.members)}")
+        if not any(member.sends for member in self.members):
+            raise ValueError("a group needs a member with weight > 0")
+        if not any(member.reduces for member in self.members):
+            raise ValueError("a group needs a member that reduces")
+        if not 0 < self.send_deadline_s < self.deadline_s < math.inf:
+            raise ValueError(
+                f"need 0 < send_deadline_s < deadline_s, got {self.send_deadline_s} and {self.deadline_s}"
+            )
+        if not 0 < self.max_abs < math.inf:
+            raise ValueError(f"max_abs must be finite and > 0, got {self.max_abs}")
+        largest = self.max_abs * sum(member.weight for member in self.members)
+        if largest > MAX_WEIGHTED_SUM:
+            raise ValueError(f"max_abs times all weights must be <= {MAX_WEIGHTED_SUM:g}, got {largest:g}")
+
+    def member(self, hotkey: str) -> Member | None:
+        """The member of that hotkey."""
+        return next((member for member in self.members if member.hotkey == hotkey), None)
+
+    def parts(self) -> list[Part]:
+        """Every part, in order of its reducer; together they cover the payload. Some may be empty."""
+        bounds = part_bounds(self.layout.num_chunks, [m.share if m.reduces else 0.0 for m in self.members])
+        reducers = [(m, b) for m, b in zip(self.members, bounds, strict=True) if m.reduces]
+        return [Part(index=i, reducer=m, start=b[0], stop=b[1]) for i, (m, b) in enumerate(reducers)]
+
+    def group_id(self) -> str:
+        """Hex sha256 over everything that the plan says."""
+        packed: bytes = msgpack.packb(plan_to_dict(self))
+        return hashlib.sha256(b"hivetrain-group/1\n" + packed).hexdigest()
+
+
+def plan_to_dict(plan: GroupPlan) -> dict[str, object]:
+    """A plain dict that msgpack can carry, in one fixed order."""
+    return {
+        "run_id": plan.run_id,
+        "round": plan.round,
+        "attempt": plan.attempt,
+        "members": [
+            {
+                "hotkey": member.hotkey,
+                "peer_id": member.peer_id,
+                "maddrs": list(member.maddrs),
+                "weight": float(member.weight),
+                "reduces": member.reduces,
+                "root": member.root,
+                "share": float(member.share),
+            }
+            for member in plan.members
+        ],
+        "sections": [
+            {"name": section.name, "num_elements": section.num_elements, "codec": section.codec}
+            for section in plan.layout.sections
+        ],
+        "send_deadline_s": float(plan.send_deadline_s),
+        "deadline_s": float(plan.deadline_s),
+        "max_abs": float(plan.max_abs),
+    }
+
+
+class _Bounded(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _MemberModel(_Bounded):
+    hotkey: Annotated[str, Field(min_length=1, max_length=64)]
+    peer_id: Annotated[str, Field(min_length=1, max_length=128)]
+    maddrs: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+    weight: float
+    reduces: bool
+    root: Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)] | None
+    share: float
+
+
+class _SectionModel(_Bounded):
+    name: Annotated[str, Field(min_length=1, max_length=32)]
+    num_elements: Annotated[int, Field(ge=1, le=1 << 40)]
+    codec: Annotated[str, Field(min_length=1, max_length=32)]
+
+
+class _PlanModel(_Bounded):
+    run_id: Annotated[str, Field(min_length=1, max_length=64)]
+    round: Annotated[int, Field(ge=0, lt=1 << 53)]
+    attempt: Annotated[int, Field(ge=0, lt=1 << 16)]
+    members: Annotated[list[_MemberModel], Field(max_length=MAX_MEMBERS)]
+    sections: Annotated[list[_SectionModel], Field(max_length=16)]
+    send_deadline_s: Annotated[float, Field(gt=0, le=86_400)]
+    deadline_s: Annotated[float, Field(gt=0, le=86_400)]
+    max_abs: float
+
+
+def plan_from_dict(raw: object) -> GroupPlan:
+    """Parse `plan_to_dict`'s dict from a stranger.
+
+    Raises:
+        PeerFault: MALFORMED, with the first thing that is wrong.
+    """
+    try:
+        model = _PlanModel.model_validate(raw)
+        return GroupPlan(
+            run_id=model.run_id,
+            round=model.round,
+            attempt=model.attempt,
+            members=tuple(
+                Member(**{**member.model_dump(), "maddrs": tuple(member.maddrs)}) for member in model.members
+            ),
+            layout=PayloadLayout([Section(**section.model_dump()) for section in model.sections]),
+            send_deadline_s=model.send_deadline_s,
+            deadline_s=model.deadline_s,
+            max_abs=model.max_abs,
+        )
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise PeerFault(Fault.MALFORMED, f"not a group plan: {where}: {first['msg']}") from exc
+    except ValueError as exc:
+        raise PeerFault(Fault.MALFORMED, f"not a group plan: {exc}") from exc

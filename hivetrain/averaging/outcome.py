@@ -1,0 +1,171 @@
+"""What one node knows after an all-reduce: the mean, who was in it, and what each link did."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import msgpack
+from torch import Tensor
+
+from hivetrain.averaging.group import GroupPlan
+from hivetrain.averaging.messages import Result, result_message
+from hivetrain.errors import Fault
+from hivetrain.identity import Verify
+
+logger = logging.getLogger(__name__)
+
+MAX_OUTSIDERS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultRecord:
+    """What this node saw a peer do wrong. It is one node's word.
+
+    Attributes:
+        hotkey: who; "" where no hotkey was proved (``detail`` then names the libp2p peer).
+        fault: what kind.
+        detail: expected and actual, in words, at most 300 characters.
+        part: the part that it concerns; -1: none.
+        evidence: for WRONG_AVERAGE by two signed results, what `proves_two_averages` takes; else empty.
+    """
+
+    hotkey: str
+    fault: Fault
+    detail: str
+    part: int
+    evidence: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStats:
+    """One peer as this node measured it.
+
+    Attributes:
+        bytes_sent, bytes_received: payload and means, on all streams with it.
+        seconds: time in which we were receiving from it; ``bytes_received / seconds`` is its rate.
+        first_byte_s: shortest time from our handshake message to its answer; None: it never answered.
+    """
+
+    hotkey: str
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+    first_byte_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceOutcome:
+    """The mean as this node holds it.
+
+    Attributes:
+        vectors: per section, float32 of shape [num_elements]; zero where a part is missing.
+        mean_sha256: hex, over every part's signed bytes and mask; equal wherever all of them are.
+        complete: no part is missing.
+        missing_parts: parts that nobody holds, or of which there are two.
+        included: per sender, the share of chunks whose mean it is in, over the parts that are not missing.
+        faults: what this node saw.
+        links: per other member.
+        bytes_sent, bytes_received, seconds: of the whole all-reduce.
+    """
+
+    vectors: dict[str, Tensor]
+    mean_sha256: str
+    complete: bool
+    missing_parts: tuple[int, ...]
+    included: dict[str, float]
+    faults: tuple[FaultRecord, ...]
+    links: tuple[LinkStats, ...]
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Link:
+    """A `LinkStats` in the making."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+    first_byte_s: float | None = None
+
+    def answered_in(self, seconds: float) -> None:
+        """The peer answered our handshake message."""
+        self.first_byte_s = seconds if self.first_byte_s is None else min(seconds, self.first_byte_s)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Faults and links of one round, as they come in. The first record of a kind stands."""
+
+    links: dict[str, Link]
+    _faults: dict[tuple[str, Fault, int], FaultRecord] = field(default_factory=dict)
+    _outsiders: dict[tuple[str, Fault], FaultRecord] = field(default_factory=dict)
+
+    def record(self, hotkey: str, fault: Fault, detail: str, part: int = -1, evidence: bytes = b"") -> None:
+        """Blame a member."""
+        entry = FaultRecord(hotkey=hotkey, fault=fault, detail=detail[:300], part=part, evidence=evidence)
+        if self._faults.setdefault((hotkey, fault, part), entry) is entry:
+            logger.info("all-reduce fault: hotkey=%s fault=%s part=%d %s", hotkey, fault.value, part, entry.detail)
+
+    def record_outsider(self, peer_id: str, fault: Fault, detail: str) -> None:
+        """Note a stream on which no hotkey was proved; of so many strangers at most."""
+        if len(self._outsiders) < MAX_OUTSIDERS:
+            entry = FaultRecord(hotkey="", fault=fault, detail=f"peer {peer_id}: {detail}"[:300], part=-1)
+            self._outsiders.setdefault((peer_id, fault), entry)
+
+    def blames(self, hotkey: str, part: int) -> bool:
+        """Whether that member has a record for that part."""
+        return any(key[0] == hotkey and key[2] == part for key in self._faults)
+
+    def faults(self) -> tuple[FaultRecord, ...]:
+        """Everything recorded."""
+        return (*self._faults.values(), *self._outsiders.values())
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        """Every link."""
+        return tuple(
+            LinkStats(
+                hotkey=hotkey,
+                bytes_sent=link.bytes_sent,
+                bytes_received=link.bytes_received,
+                seconds=link.seconds,
+                first_byte_s=link.first_byte_s,
+            )
+            for hotkey, link in self.links.items()
+        )
+
+
+def verify_result(result: Result, plan: GroupPlan, group_id: str, verify: Verify) -> bool:
+    """Whether the part's reducer signed this result."""
+    parts = plan.parts()
+    if result.part >= len(parts):
+        return False
+    message = result_message(group_id, result.part, result.sha256, result.included, result.size_bytes)
+    return verify(parts[result.part].reducer.hotkey, message, result.signature)
+
+
+def pack_evidence(first: Result, second: Result) -> bytes:
+    """Two results as one proof."""
+    packed: bytes = msgpack.packb([first.to_bytes(), second.to_bytes()])
+    return packed
+
+
+def proves_two_averages(evidence: bytes, plan: GroupPlan, verify: Verify) -> str | None:
+    """The hotkey that signed two different means of one part, or None where ``evidence`` proves nothing. Never raises."""
+    try:
+        raw = msgpack.unpackb(evidence, max_array_len=2, max_map_len=0)
+        first, second = (Result.model_validate(msgpack.unpackb(item)) for item in raw)
+    except Exception:  # bytes from a stranger: whatever does not parse proves nothing
+        return None
+    group_id = plan.group_id()
+    if first.part != second.part or _said(first) == _said(second):
+        return None
+    if not all(verify_result(result, plan, group_id, verify) for result in (first, second)):
+        return None
+    return plan.parts()[first.part].reducer.hotkey
+
+
+def _said(result: Result) -> tuple[bytes, bytes, int]:
+    return result.sha256, result.included, result.size_bytes

@@ -1,0 +1,187 @@
+"""Everything that a recipe fixes, opened on one device: what miner and validator have in common.
+
+It reads recipe, tokenizer, index and base model from the run's genesis epoch, checks that they are the ones
+whose hash is on chain, and then turns epochs into states and rounds into tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from hivetrain import run
+from hivetrain.averaging.layout import PayloadLayout, Section
+from hivetrain.data.index import DatasetIndex, parse_index
+from hivetrain.data.reader import RoundData, SegmentReader, load_heldout, load_round
+from hivetrain.data.tokenizer import load_tokenizer, tokenizer_sha256
+from hivetrain.errors import IntegrityError, SchemaMismatch
+from hivetrain.hub.store import DatasetFiles, ModelStore
+from hivetrain.manifest import Ref
+from hivetrain.model.dora import attach_adapter
+from hivetrain.model.load import base_sha256, load_base
+from hivetrain.model.vector import FlatVector, schema_hash
+from hivetrain.run import Recipe, parse_recipe
+from hivetrain.training.evaluate import heldout_loss
+from hivetrain.training.inner import InnerLoop
+from hivetrain.training.state import State, load_state, state_hash
+
+logger = logging.getLogger(__name__)
+
+RECIPE_NAME = "run.toml"
+INDEX_NAME = "index.json"
+TOKENIZER_PREFIX = "tokenizer/"
+BASE_PREFIX = "base/"
+DELTA, EXP_AVG, EXP_AVG_SQ = "delta", "exp_avg", "exp_avg_sq"
+"""Sections of what the all-reduce carries: pseudo-gradient, then AdamW's two moments."""
+
+
+def make_layout(num_params: int, averaging: run.Averaging) -> PayloadLayout:
+    """Sections of what one member sends, for a vector of ``num_params`` elements."""
+    moments = averaging.moments_codec
+    return PayloadLayout(
+        (
+            Section(name=DELTA, num_elements=num_params, codec=averaging.codec),
+            Section(name=EXP_AVG, num_elements=num_params, codec=moments),
+            Section(name=EXP_AVG_SQ, num_elements=num_params, codec=moments),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What `Workbench.open` makes of a genesis epoch."""
+
+    genesis: Ref
+    recipe: Recipe
+    run_id: str
+    schema_hash: str
+    tokenizer: PreTrainedTokenizerFast
+    index: DatasetIndex
+    model: nn.Module
+    flat: FlatVector
+    base_sha256: str
+    layout: PayloadLayout
+    loop: InnerLoop
+    reader: SegmentReader
+    heldout: Tensor
+
+
+class Workbench:
+    """A run, opened on one device. Owned by the model's thread.
+
+    Args:
+        store: where epochs are published.
+        open_dataset: the data set's files for ``(repo, revision)``.
+        cache: folder for downloaded files.
+        device: where the model lives.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: ModelStore,
+        open_dataset: Callable[[str, str], DatasetFiles],
+        cache: Path,
+        device: torch.device,
+    ) -> None:
+        self.store = store
+        self.device = device
+        self._open_dataset = open_dataset
+        self._cache = cache
+
+    def open(self, expected_run_id: str) -> Parts:
+        """Read and check the genesis epoch.
+
+        Raises:
+            IntegrityError: the hub's recipe, tokenizer and state are not those whose hash is on chain.
+            SchemaMismatch: the model that this machine builds has another trainable vector than the run's.
+            ServiceError: hub or data set cannot be read.
+        """
+        genesis = self.store.resolve(0)
+        if genesis is None:
+            raise IntegrityError("the hub has no epoch 0: run genesis, or check --hub.endpoint and --hub.repo")
+        folder = self._cache / "genesis"
+        self.store.fetch(genesis, genesis.manifest.files, folder)
+        recipe = parse_recipe((folder / RECIPE_NAME).read_text())
+        tokens_sha = tokenizer_sha256(folder / TOKENIZER_PREFIX)
+        found = run.run_id(recipe, tokens_sha, genesis.manifest.state_hash)
+        if found != expected_run_id:
+            raise IntegrityError(
+                f"the hub's recipe, tokenizer and genesis state hash to run {found[:12]}, on chain is "
+                f"{expected_run_id[:12]}: the hub was tampered with, or --hub.repo is another run's"
+            )
+        tokenizer = load_tokenizer(folder / TOKENIZER_PREFIX)
+        index = parse_index((folder / INDEX_NAME).read_bytes())
+        model = load_base(recipe.model, folder / BASE_PREFIX, len(tokenizer))
+        base_hash = base_sha256(model)
+        adapted = attach_adapter(model, recipe.adapter, recipe.model.seed).to(self.device)
+        flat = FlatVector(adapted)
+        schema = schema_hash(flat.entries, recipe)
+        if schema != genesis.manifest.schema_hash:
+            raise SchemaMismatch(
+                f"this machine builds a trainable vector of {flat.size} elements with schema {schema[:12]}, the run's "
+                f"is {genesis.manifest.schema_hash[:12]}: check the versions of peft and transformers"
+            )
+        reader = SegmentReader(self._open_dataset(index.repo, index.revision), recipe.data.text_column)
+        return Parts(
+            genesis=genesis,
+            recipe=recipe,
+            run_id=found,
+            schema_hash=schema,
+            tokenizer=tokenizer,
+            index=index,
+            model=adapted,
+            flat=flat,
+            base_sha256=base_hash,
+            layout=make_layout(flat.size, recipe.averaging),
+            loop=InnerLoop(adapted, flat, recipe, self.device),
+            reader=reader,
+            heldout=load_heldout(reader, index, tokenizer, recipe.data),
+        )
+
+    def load_state(self, ref: Ref, parts: Parts) -> State:
+        """Download, verify and parse the state of ``ref``.
+
+        Raises:
+            IntegrityError: its hash is not the manifest's.
+            ServiceError: the hub cannot be read.
+        """
+        folder = self._cache / f"epoch-{ref.epoch}-{ref.manifest_sha256[:12]}"
+        try:
+            names = [name for name in ref.manifest.files if name.endswith(".safetensors") and "/" not in name]
+            paths = self.store.fetch(ref, names, folder)
+            state = load_state(paths, parts.flat, parts.base_sha256)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        found = state_hash(state)
+        if found != ref.manifest.state_hash:
+            raise IntegrityError(
+                f"epoch {ref.epoch} holds state {found[:12]}, its manifest says {ref.manifest.state_hash[:12]}"
+            )
+        return state
+
+    def round_data(self, parts: Parts, round_number: int, rank: int) -> RoundData:
+        """The tokens of one miner's round; the same for everyone who asks."""
+        return load_round(
+            parts.reader,
+            parts.index,
+            parts.tokenizer,
+            run_id=parts.run_id,
+            round_number=round_number,
+            rank=rank,
+            data=parts.recipe.data,
+        )
+
+    def heldout_loss(self, parts: Parts, vector: Tensor) -> float:
+        """Held-out loss of ``vector`` [P], nats per token."""
+        return heldout_loss(parts.model, parts.flat, vector, parts.heldout, self.device)
+
+
+__all__ = ["Parts", "Workbench", "make_layout"]

@@ -1,0 +1,289 @@
+"""The command `hivetrain`. Heavy imports stay inside the verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hivetrain.errors import ConfigError, HivetrainError
+
+DEFAULT_DIR = Path(".hivetrain")
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    name="hivetrain",
+    help="People who own GPUs, but no datacentre, train one language model together.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Settings of a neuron.", rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+DirOption = Annotated[Path, typer.Option("--dir", help="folder of the network that `up` runs")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+class TrackerName(StrEnum):
+    """Where metrics go besides the JSON lines."""
+
+    trackio = "trackio"
+    wandb = "wandb"
+    none = "none"
+
+
+@app.command()
+def up(
+    miners: Annotated[int, typer.Option(help="miners to start")] = 3,
+    validators: Annotated[int, typer.Option(help="validators to start")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="stop after this many new epochs, and say if they hold")] = None,
+    dir: DirOption = DEFAULT_DIR,
+    fresh: Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in --dir")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the outcome to this file")] = None,
+    port_base: Annotated[int | None, typer.Option(help="first of the ports to use; default: free ones")] = None,
+    dashboard: Annotated[bool, typer.Option(help="serve the local dashboard")] = True,
+    tracker: Annotated[TrackerName, typer.Option(help="where metrics go")] = TrackerName.trackio,
+    block_time: Annotated[float | None, typer.Option(help="seconds per block; default: fitted to the machine")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="run.toml of a new run; default: the embedded one")] = None,
+    device: Annotated[str, typer.Option(help="device of the neurons: cpu, cuda, auto")] = "cpu",
+    min_loss_drop: Annotated[float, typer.Option(help="nats by which the val loss must fall over --epochs")] = 0.0,
+    timeout: Annotated[
+        float | None, typer.Option(help="seconds after which to stop; default: none or generous")
+    ] = None,
+) -> None:
+    """Run a whole network on this machine: chain, hub, dashboard, miners and validators."""
+    from neurons.plan import UpOptions
+    from neurons.up import run_up
+
+    if recipe is not None:
+        _check_recipe(recipe)
+    options = UpOptions(
+        dir=dir.expanduser().absolute(),
+        num_miners=miners,
+        num_validators=validators,
+        num_epochs=epochs,
+        fresh=fresh,
+        json_path=json_file,
+        port_base=port_base,
+        dashboard=dashboard,
+        tracker=tracker.value,
+        block_time_s=block_time,
+        recipe=recipe,
+        device=device,
+        min_loss_drop=min_loss_drop,
+        timeout_s=timeout,
+    )
+    raise typer.Exit(run_up(options))
+
+
+def _check_recipe(path: Path) -> None:
+    from hivetrain.run import parse_recipe
+
+    try:
+        parse_recipe(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--recipe: cannot read {path}: {exc}") from exc
+    except ConfigError as exc:
+        raise ConfigError(f"--recipe {path}: {exc}") from exc
+
+
+@app.command()
+def status(dir: DirOption = DEFAULT_DIR, as_json: JsonOption = False) -> None:
+    """Show the neurons of a network, from any terminal."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from hivetrain.tracking.status import read_statuses
+    from neurons.plan import holder_pid
+    from neurons.screen import print_status
+
+    pid = holder_pid(dir)
+    if as_json:
+        neurons = [asdict(row) for row in read_statuses(dir / "status")]
+        _print_json({"running": pid is not None, "pid": pid, "dir": str(dir), "neurons": neurons})
+    else:
+        print_status(dir, is_running=pid is not None, console=Console())
+
+
+@app.command()
+def logs(
+    name: Annotated[str | None, typer.Argument(help="whose log; default: all")] = None,
+    dir: DirOption = DEFAULT_DIR,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as lines are written")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="last lines to show first")] = 20,
+) -> None:
+    """Show the logs of a network's processes."""
+    from hivetrain.supervisor import log_tail
+
+    folder = dir / "logs"
+    paths = sorted(folder.glob("*.log"))
+    if name is not None:
+        known = ", ".join(path.stem for path in paths) or "none"
+        paths = [path for path in paths if path.stem == name]
+        if not paths:
+            raise ConfigError(f"no log of {name} in {folder}; there: {known}")
+    if not paths:
+        raise ConfigError(f"no logs in {folder}; start a network with `hivetrain up --dir {dir}`")
+    offsets = {path: path.stat().st_size for path in paths}
+    for path in paths:
+        for line in log_tail(path, lines):
+            typer.echo(_log_line(path, line, alone=len(paths) == 1))
+    while follow:
+        time.sleep(0.3)
+        for path in paths:
+            offsets[path] = _echo_new(path, offsets[path], alone=len(paths) == 1)
+
+
+def _echo_new(path: Path, offset: int, *, alone: bool) -> int:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(offset if size >= offset else 0)  # shorter than before: set aside and begun anew
+            content = file.read()
+    except OSError:
+        return 0
+    end = content.rfind(b"\n") + 1
+    for line in content[:end].decode(errors="replace").splitlines():
+        typer.echo(_log_line(path, line, alone=alone))
+    return (offset if size >= offset else 0) + end
+
+
+def _log_line(path: Path, line: str, *, alone: bool) -> str:
+    return line if alone else f"{path.stem:12} | {line}"
+
+
+@app.command()
+def down(
+    dir: DirOption = DEFAULT_DIR, timeout: Annotated[float, typer.Option(help="seconds to wait for the end")] = 60.0
+) -> None:
+    """Stop the `up` that runs in --dir; its state is kept."""
+    from neurons.plan import holder_pid
+
+    pid = holder_pid(dir)
+    if pid is None:
+        raise ConfigError(f"no `hivetrain up` runs in {dir}")
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while holder_pid(dir) == pid:
+        if time.monotonic() > deadline:
+            raise HivetrainError(
+                f"pid {pid} has not stopped within {timeout:.0f} s; run this again to kill its children"
+            )
+        time.sleep(0.1)
+    typer.echo(f"stopped (pid {pid}); state kept in {dir}")
+
+
+@app.command()
+def doctor(
+    dir: DirOption = DEFAULT_DIR,
+    axon_port: Annotated[int | None, typer.Option("--axon.port", help="also check that this port is free")] = None,
+    hub_endpoint: Annotated[str, typer.Option("--hub.endpoint", help="also compare clocks with this hub")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Check Python, PyTorch, packages, ports, disk, memory, clock, and which tokens are set."""
+    from neurons.doctor import Verdict, examine
+    from neurons.doctor import as_json as to_json
+
+    checks = examine(dir, environ=os.environ, axon_port=axon_port, hub_endpoint=hub_endpoint)
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        for check in checks:
+            typer.echo(f"{check.verdict.value:4}  {check.name:10} {check.detail}")
+            if check.fix:
+                typer.echo(f"      {'':10} -> {check.fix}")
+    raise typer.Exit(1 if any(check.verdict is Verdict.FAIL for check in checks) else 0)
+
+
+@config_app.command("show", context_settings=PASS_THROUGH)
+def config_show(ctx: typer.Context) -> None:
+    """Show every setting and where its value comes from. Takes a neuron's flags, and --json."""
+    from template.config import parse_config, sources, values
+
+    arguments = [argument for argument in ctx.args if argument != "--json"]
+    config = parse_config(arguments, "miner")
+    table, where = values(config), sources(config)
+    if "--json" in ctx.args:
+        _print_json({path: {"value": table[path], "source": where[path]} for path in table})
+        return
+    for path, value in table.items():
+        shown = ",".join(value) if isinstance(value, list) else "-" if value in (None, "") else value
+        typer.echo(f"{path:34} {shown!s:34} {where[path]}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to go on from")],
+    dir: DirOption = DEFAULT_DIR,
+    max_tokens: Annotated[int, typer.Option(help="tokens to write")] = 64,
+) -> None:
+    """Let the newest published model go on from a prompt."""
+    from neurons.generate import generate as run
+
+    typer.echo(run(prompt, dir=dir, max_tokens=max_tokens))
+
+
+@app.command(context_settings=PASS_THROUGH)
+def miner(ctx: typer.Context) -> None:
+    """Run a miner: the same as `python neurons/miner.py`, flags included (--help lists them)."""
+    from neurons.main import run_neuron
+    from neurons.miner import Miner
+
+    raise typer.Exit(run_neuron("miner", Miner, ctx.args))
+
+
+@app.command(context_settings=PASS_THROUGH)
+def validator(ctx: typer.Context) -> None:
+    """Run a validator: the same as `python neurons/validator.py`, flags included (--help lists them)."""
+    from neurons.main import run_neuron
+    from neurons.validator import Validator
+
+    raise typer.Exit(run_neuron("validator", Validator, ctx.args))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit status: 2 for what the user can mend, in one line that says how."""
+    from typer.main import get_command
+
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        status = get_command(app).main(arguments, prog_name="hivetrain", standalone_mode=False)
+    except ConfigError as exc:
+        return _complain(exc, 2)
+    except HivetrainError as exc:
+        return _complain(exc, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # `hivetrain logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as exc:
+        # Typer's usage errors share no public base class; they are the ones that know how to show themselves.
+        if not hasattr(exc, "format_message"):
+            raise
+        where = getattr(getattr(exc, "ctx", None), "command_path", "hivetrain")
+        return _complain(f"{exc.format_message().rstrip('.')}; see `{where} --help`", 2)
+    return status if isinstance(status, int) else 0
+
+
+def _complain(what: object, status: int) -> int:
+    typer.echo(f"error: {what}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""Did the epochs really work? Read it from the hub, the chain and the neurons' own files, and say so in words.
+
+`hivetrain up --epochs N` exits 0 only if this finds nothing wrong, so nothing here trusts a neuron's log line:
+tags and manifests come from the hub, weights from the chain, and agreement from the state hash that each miner
+recorded against the one that the manifest names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hivetrain.errors import ServiceError
+from hivetrain.manifest import Manifest, epoch_tag
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Member(_Record):
+    """One wallet that genesis made."""
+
+    name: str
+    hotkey_name: str
+    role: str
+    ss58: str
+
+
+class Genesis(_Record):
+    """``genesis.json``: what exists once genesis has run."""
+
+    run_id: str
+    netuid: int
+    chain_endpoint: str
+    hub_endpoint: str
+    block_time_s: float
+    wallets: tuple[Member, ...]
+
+
+class Score(_Record):
+    """One miner's score in the newest round, each part in [0, 1]; None: not scored."""
+
+    gradient: float | None = None
+    steps: float | None = None
+    bandwidth: float | None = None
+    score: float | None = None
+
+
+class StateLine(_Record):
+    """One line of a miner's ``states.jsonl``."""
+
+    epoch: int
+    state_hash: str
+    manifest_state_hash: str = ""
+    source: str = ""
+
+
+class Results(Protocol):
+    """Where the outcome of a run is read. Every call may raise `ServiceError`."""
+
+    def epochs(self) -> list[int]:
+        """The published epochs, ascending."""
+        ...
+
+    def manifest(self, epoch: int) -> Manifest:
+        """The manifest of a published epoch."""
+        ...
+
+    def weights(self) -> dict[str, float]:
+        """Weight on chain per hotkey: the mean over the validators that set weights."""
+        ...
+
+    def scores(self) -> dict[str, Score]:
+        """The first validator's newest score per hotkey."""
+        ...
+
+    def states(self, name: str) -> list[StateLine]:
+        """The states that the miner called ``name`` held."""
+        ...
+
+
+class AllReduceReport(_Record):
+    """What the all-reduce of one epoch took, and who failed in it."""
+
+    seconds: float
+    bytes: int
+    faults: list[dict[str, str]]
+
+
+class EpochReport(_Record):
+    """One published epoch."""
+
+    epoch: int
+    tag: str
+    state_sha256: str
+    val_loss: float
+    members: list[str]
+    allreduce: AllReduceReport
+
+
+class Report(_Record):
+    """What `--json` writes."""
+
+    ok: bool
+    failed: list[str]
+    epochs: list[EpochReport]
+    val_loss_before: float | None
+    val_loss_after: float | None
+    scores: dict[str, Score]
+    weights: dict[str, float]
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Indented JSON; a number that is not finite is written as null."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def summary(self, num_epochs: int) -> str:
+        """``3/3 epochs published · val loss 6.95 -> 4.34 · weights set``."""
+        parts = [f"{len(self.epochs)}/{num_epochs} epochs published"]
+        if self.val_loss_before is not None and self.val_loss_after is not None:
+            parts.append(f"val loss {self.val_loss_before:.3f} -> {self.val_loss_after:.3f}")
+        parts.append("weights set" if any(weight > 0 for weight in self.weights.values()) else "no weights set")
+        return " · ".join(parts)
+
+
+def make_report(
+    results: Results,
+    miners: Sequence[Member],
+    *,
+    base_epoch: int,
+    num_epochs: int,
+    min_loss_drop: float = 0.0,
+    seconds: Mapping[str, float] | None = None,
+) -> Report:
+    """Judge the first ``num_epochs`` epochs published after ``base_epoch``.
+
+    Args:
+        miners: those that were started: each must be a member of every epoch.
+        base_epoch: the newest epoch when the run started.
+        min_loss_drop: nats per token by which the held-out loss must have fallen; 0: at all.
+
+    Raises:
+        ServiceError: hub or chain did not answer.
+    """
+    published = [epoch for epoch in results.epochs() if epoch > base_epoch][:num_epochs]
+    manifests = {epoch: results.manifest(epoch) for epoch in published}
+    before = results.manifest(base_epoch).val_loss
+    after = manifests[published[-1]].val_loss if published else None
+    weights, scores = results.weights(), results.scores()
+    failed = [
+        *_missing_epochs(published, base_epoch, num_epochs),
+        *_missing_members(manifests, miners),
+        *_differing_states(results, manifests, miners),
+        *(f"no weight on chain for {m.name} ({m.ss58})" for m in miners if not weights.get(m.ss58, 0.0) > 0),
+        *_loss_that_stayed(before, after, min_loss_drop),
+    ]
+    return Report(
+        ok=not failed,
+        failed=failed,
+        epochs=[_epoch_report(manifest) for manifest in manifests.values()],
+        val_loss_before=before,
+        val_loss_after=after,
+        scores=scores,
+        weights=weights,
+        seconds={name: round(value, 3) for name, value in (seconds or {}).items()},
+    )
+
+
+def failed_report(reason: str, seconds: Mapping[str, float]) -> Report:
+    """The report of a run that could not be judged at all."""
+    return Report(
+        ok=False,
+        failed=[reason],
+        epochs=[],
+        val_loss_before=None,
+        val_loss_after=None,
+        scores={},
+        weights={},
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+
+
+def _epoch_report(manifest: Manifest) -> EpochReport:
+    faults = [fault.model_dump() for fault in manifest.faults]
+    reduced = AllReduceReport(seconds=manifest.allreduce_seconds, bytes=manifest.allreduce_bytes, faults=faults)
+    return EpochReport(
+        epoch=manifest.epoch,
+        tag=epoch_tag(manifest.epoch),
+        state_sha256=manifest.state_hash,
+        val_loss=manifest.val_loss,
+        members=list(manifest.members),
+        allreduce=reduced,
+    )
+
+
+def _missing_epochs(published: Sequence[int], base_epoch: int, num_epochs: int) -> list[str]:
+    expected = range(base_epoch + 1, base_epoch + num_epochs + 1)
+    return [f"{epoch_tag(epoch)} was not published" for epoch in expected if epoch not in published]
+
+
+def _missing_members(manifests: Mapping[int, Manifest], miners: Sequence[Member]) -> list[str]:
+    return [
+        f"{epoch_tag(epoch)} lacks {miner.name} ({miner.ss58}) among its members"
+        for epoch, manifest in manifests.items()
+        for miner in miners
+        if miner.ss58 not in manifest.members
+    ]
+
+
+def _differing_states(results: Results, manifests: Mapping[int, Manifest], miners: Sequence[Member]) -> list[str]:
+    failed = []
+    for miner in miners:
+        lines = results.states(miner.name)
+        for epoch, manifest in manifests.items():
+            held = [line.state_hash for line in lines if line.epoch == epoch]
+            wrong = [state for state in held if state != manifest.state_hash]
+            if wrong:
+                failed.append(
+                    f"{miner.name} held another state than {epoch_tag(epoch)}: "
+                    f"{wrong[0][:12]}, the manifest says {manifest.state_hash[:12]}"
+                )
+            elif not held:
+                failed.append(f"{miner.name} has not recorded the state of {epoch_tag(epoch)}")
+    return failed
+
+
+def _loss_that_stayed(before: float, after: float | None, min_loss_drop: float) -> list[str]:
+    if after is None:
+        return []
+    drop = before - after
+    if math.isfinite(drop) and drop > 0 and drop >= min_loss_drop:
+        return []
+    needed = f"at least {min_loss_drop:g}" if min_loss_drop > 0 else "more than 0"
+    return [f"val loss had to fall by {needed}: {before:.4f} -> {after:.4f}"]
+
+
+def read_genesis(folder: Path) -> Genesis:
+    """Read ``genesis.json``.
+
+    Raises:
+        ServiceError: it is unreadable, or not what genesis writes.
+    """
+    path = folder / "genesis.json"
+    try:
+        return Genesis.model_validate_json(path.read_bytes())
+    except OSError as exc:
+        raise ServiceError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValidationError as exc:
+        raise ServiceError(f"{path} is not what genesis writes ({exc.errors()[0]['msg']}); start with --fresh") from exc
+
+
+class LiveResults:
+    """`Results` from the hub, the chain and the folder of a running network."""
+
+    def __init__(self, folder: Path, genesis: Genesis, repo: str) -> None:
+        self._folder = folder
+        self._genesis = genesis
+        self._repo = repo
+        self._hub: Any = None
+        self._manifests: dict[int, Manifest] = {}
+
+    def epochs(self) -> list[int]:
+        """See `Results`."""
+        return sorted(self._store().epochs())
+
+    def manifest(self, epoch: int) -> Manifest:
+        """See `Results`."""
+        if epoch not in self._manifests:
+            self._manifests[epoch] = self._store().resolve(epoch).manifest
+        return self._manifests[epoch]
+
+    def weights(self) -> dict[str, float]:
+        """See `Results`."""
+        return asyncio.run(self._read_weights())
+
+    def scores(self) -> dict[str, Score]:
+        """See `Results`."""
+        for member in self._genesis.wallets:
+            path = self._folder / member.name / "scores.json"
+            if member.role == "validator" and path.exists():
+                return read_scores(path)
+        return {}
+
+    def states(self, name: str) -> list[StateLine]:
+        """See `Results`."""
+        return read_states(self._folder / name / "states.jsonl")
+
+    def _store(self) -> Any:
+        if self._hub is None:
+            from hivetrain.hub.client import HubStore
+
+            self._hub = HubStore(endpoint=self._genesis.hub_endpoint, repo=self._repo)
+        return self._hub
+
+    async def _read_weights(self) -> dict[str, float]:
+        from template.chain.client import Chain
+
+        genesis = self._genesis
+        chain = Chain(network="local", netuid=genesis.netuid, chain_endpoint=genesis.chain_endpoint)
+        try:
+            if hasattr(chain, "start"):
+                await _settled(chain.start())
+            neurons = (await _settled(chain.metagraph())).neurons
+            by_validator = await _settled(chain.weights())
+        finally:
+            await _settled(chain.close())
+        rows = [row for row in by_validator.values() if any(share > 0 for share in row.values())]
+        return {n.hotkey: sum(row.get(n.uid, 0.0) for row in rows) / max(len(rows), 1) for n in neurons}
+
+
+async def _settled(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def read_scores(path: Path) -> dict[str, Score]:
+    """The scores that a validator wrote.
+
+    Raises:
+        ServiceError: the file is unreadable.
+    """
+    try:
+        table = json.loads(path.read_bytes())["scores"]
+        return {hotkey: Score.model_validate(entry) for hotkey, entry in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ServiceError(f"{path} is not what a validator writes: {exc}") from exc
+
+
+def read_states(path: Path) -> list[StateLine]:
+    """The lines that a miner wrote; a torn last line is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    states = []
+    for line in lines:
+        try:
+            states.append(StateLine.model_validate_json(line))
+        except ValidationError:
+            continue
+    return states

@@ -1,0 +1,189 @@
+"""What a neuron answers, without ever touching the model: Train, AllReduce and IsAlive."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgpack
+
+from hivetrain import __version__
+from hivetrain.averaging.group import GroupPlan, plan_from_dict
+from hivetrain.averaging.layout import PayloadLayout
+from hivetrain.errors import Fault, PeerFault
+from template.axon import Caller
+from template.board import AllReduceTask, Board
+from template.protocol import AllReduce, AllReduceReply, IsAlive, IsAliveReply, Opening, Train, TrainReply
+
+logger = logging.getLogger(__name__)
+
+MAX_PLAN_BYTES = 1 << 20
+
+
+def spec_version() -> int:
+    """`__version__` as one number, 1000·major + 10·minor + patch: what SetWeights carries as version_key."""
+    major, minor, patch = (int(part) for part in __version__.split("."))
+    return 1000 * major + 10 * minor + patch
+
+
+def parse_plan(raw: bytes) -> GroupPlan:
+    """Parse the group plan of an AllReduce synapse.
+
+    Raises:
+        PeerFault: MALFORMED.
+    """
+    try:
+        fields = msgpack.unpackb(raw, strict_map_key=True, max_buffer_size=MAX_PLAN_BYTES)
+    except (ValueError, TypeError, msgpack.UnpackException) as exc:
+        raise PeerFault(Fault.MALFORMED, f"plan is not msgpack: {exc}") from exc
+    return plan_from_dict(fields)
+
+
+@dataclass(slots=True)
+class Coins:
+    """Per validator, the digest of the challenge coins that it committed to with its receipt request."""
+
+    committed: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def commit(self, round_number: int, validator: str, digest: bytes) -> None:
+        """Keep the first digest of a round; forget older rounds."""
+        self.committed = {key: value for key, value in self.committed.items() if key[0] >= round_number - 1}
+        self.committed.setdefault((round_number, validator), digest.hex())
+
+    def reveals(self, round_number: int, validator: str, coins: bytes) -> bool:
+        """Whether ``coins`` are those that the validator committed to."""
+        return self.committed.get((round_number, validator)) == hashlib.sha256(coins).hexdigest()
+
+
+class Handlers:
+    """The three handlers of one neuron.
+
+    Args:
+        role: "miner" or "validator".
+        run_id: the run that this neuron is in.
+        board: where the model's thread writes.
+        layout: of what the all-reduce carries.
+        may_lead: why ``(hotkey, round, attempt)`` may not lead, or None when it may.
+    """
+
+    def __init__(
+        self,
+        *,
+        role: str,
+        run_id: str,
+        hotkey: str,
+        board: Board,
+        layout: PayloadLayout,
+        may_lead: Callable[[str, int, int], str | None],
+    ) -> None:
+        self._role = role
+        self._run_id = run_id
+        self._hotkey = hotkey
+        self._board = board
+        self._layout = layout
+        self._may_lead = may_lead
+        self._coins = Coins()
+
+    async def is_alive(self, synapse: IsAlive, caller: Caller) -> IsAliveReply:
+        """Who is here, and where in the run."""
+        report = self._board.report
+        return IsAliveReply(
+            version=spec_version(),
+            role=self._role,
+            run_id=self._run_id,
+            epoch=report.epoch,
+            round=report.round,
+            state=report.state.replace("-", "_"),
+        )
+
+    async def train(self, synapse: Train, caller: Caller) -> TrainReply:
+        """The last report; with it the receipt, or openings of what it commits to."""
+        report = self._board.report
+        contribution = self._board.contribution
+        reply = TrainReply(
+            run_id=self._run_id,
+            round=max(report.round, 0),
+            status=report.state.replace("-", "_"),
+            epoch=report.epoch,
+            step=report.step,
+            num_steps=report.num_steps,
+            loss=report.loss,
+            tokens_per_second=report.tokens_per_second,
+        )
+        if synapse.run_id != self._run_id:
+            return reply.model_copy(update={"status": "wrong_run"})
+        if synapse.want == "report":
+            return reply
+        if contribution is None or contribution.receipt.round != synapse.round:
+            return reply.model_copy(update={"status": "not_committed"})
+        if synapse.want == "receipt":
+            self._coins.commit(synapse.round, caller.hotkey, synapse.coins)
+            return reply.model_copy(update={"status": "committed", "receipt": contribution.receipt.to_bytes()})
+        if not self._coins.reveals(synapse.round, caller.hotkey, synapse.coins):
+            return reply.model_copy(update={"status": "wrong_coins", "detail": "coins are not those committed to"})
+        try:
+            opened = [(index, *contribution.snapshots.open(index)) for index in synapse.snapshots]
+        except IndexError as exc:
+            return reply.model_copy(update={"status": "no_such_snapshot", "detail": str(exc)})
+        openings = tuple(
+            Opening(index=index, step=snapshot.step, payload=snapshot.payload, proof=tuple(proof))
+            for index, snapshot, proof in opened
+        )
+        return reply.model_copy(update={"status": "opened", "openings": openings})
+
+    async def all_reduce(self, synapse: AllReduce, caller: Caller) -> AllReduceReply:
+        """Check the call, hand it to the model's thread, and wait for what came of it."""
+        done = self._board.outcome(synapse.round, synapse.attempt)
+        if done is not None:
+            return done
+        try:
+            plan = parse_plan(synapse.plan)
+            refusal = self._refuse(synapse, plan, caller)
+        except PeerFault as exc:
+            refusal = str(exc)
+        if refusal is not None:
+            logger.warning("refused AllReduce of %s for round %d: %s", caller.hotkey[:8], synapse.round, refusal)
+            return self._reply(synapse, accepted=False, detail=refusal)
+        future: concurrent.futures.Future[AllReduceReply] = concurrent.futures.Future()
+        self._board.mailbox.put(AllReduceTask(request=synapse, plan=plan, caller=caller.hotkey, reply=future))
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), plan.deadline_s + 10)
+        except TimeoutError:
+            return self._reply(synapse, accepted=True, detail="the model's thread did not answer in time")
+
+    def _refuse(self, synapse: AllReduce, plan: GroupPlan, caller: Caller) -> str | None:
+        report = self._board.report
+        if synapse.run_id != self._run_id or plan.run_id != self._run_id:
+            return f"another run: {synapse.run_id[:12]}, here {self._run_id[:12]}"
+        if (plan.round, plan.attempt) != (synapse.round, synapse.attempt):
+            return f"plan is of round {plan.round}.{plan.attempt}, the call of {synapse.round}.{synapse.attempt}"
+        if plan.layout != self._layout:
+            return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
+        if synapse.round != report.round:
+            return f"round {synapse.round}, here {report.round}"
+        if synapse.base_manifest != report.base_manifest:
+            return f"base {synapse.base_manifest[:12]}, here {report.base_manifest[:12]}"
+        mine = plan.member(self._hotkey)
+        if mine is None:
+            return "this hotkey is not in the group"
+        contribution = self._board.contribution
+        if mine.weight > 0:
+            if contribution is None or contribution.receipt.round != synapse.round:
+                return "nothing is committed for this round"
+            if mine.root != contribution.payload_root:
+                return "the plan names another root than the receipt's"
+        return self._may_lead(caller.hotkey, synapse.round, synapse.attempt)
+
+    def _reply(self, synapse: AllReduce, *, accepted: bool, detail: str) -> AllReduceReply:
+        return AllReduceReply(
+            run_id=self._run_id,
+            round=synapse.round,
+            attempt=synapse.attempt,
+            accepted=accepted,
+            completed=False,
+            detail=detail[:500],
+        )

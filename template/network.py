@@ -1,0 +1,85 @@
+"""One thread with one event loop: axon, dendrite and libp2p live here, the model never does.
+
+The model's thread hands coroutines over and waits for their results; handlers on this side post to its mailbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from hivetrain.errors import ServiceError
+
+T = TypeVar("T")
+
+
+class NetworkThread:
+    """An asyncio loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread; returns when the loop runs."""
+        started = threading.Event()
+
+        def main() -> None:
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            self._loop = loop
+            loop.call_soon(started.set)
+            try:
+                loop.run_forever()
+            finally:
+                loop.run_until_complete(_cancel_all())
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+
+        self._thread = threading.Thread(target=main, name="network", daemon=True)
+        self._thread.start()
+        started.wait()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Schedule ``work`` on the loop.
+
+        Raises:
+            ServiceError: the thread does not run.
+        """
+        if self._loop is None or not self._loop.is_running():
+            work.close()
+            raise ServiceError("the network thread does not run")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Run ``work`` on the loop and wait for it.
+
+        Raises:
+            ServiceError: it took longer than ``timeout_s``; it is cancelled.
+        """
+        future = self.submit(work)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            if future.done():
+                raise
+            future.cancel()
+            raise ServiceError(f"network work took longer than {timeout_s:.1f} s") from None
+
+    def close(self) -> None:
+        """Cancel what runs and stop the thread."""
+        if self._loop is None or self._thread is None:
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop = self._thread = None
+
+
+async def _cancel_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,148 @@
+"""ALL_REDUCE: the leader names the group, calls it together, sits in it, and hears what everyone holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgpack
+
+from hivetrain.averaging.group import GroupPlan, Member, plan_to_dict
+from hivetrain.identity import Verify
+from hivetrain.manifest import state_message
+from hivetrain.verification.receipt import Receipt
+from hivetrain.workbench import Parts
+from template.anchor import Anchor
+from template.dendrite import Dendrite, PeerAddress, Reply
+from template.participant import Participation
+from template.protocol import AllReduce, AllReduceReply
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Led:
+    """What leading gave.
+
+    Attributes:
+        plan: the group.
+        done: what this validator holds.
+        replies: what the others say, by hotkey.
+        signatures: hex signatures of members that hold the leader's very state.
+    """
+
+    plan: GroupPlan
+    done: Participation
+    replies: Mapping[str, AllReduceReply]
+    signatures: Mapping[str, str]
+
+
+def make_plan(
+    *,
+    parts: Parts,
+    round_number: int,
+    attempt: int,
+    receipts: Mapping[str, Receipt],
+    weights: Mapping[str, float],
+    sitting: Sequence[str],
+    anchors: Mapping[str, Anchor],
+    duration_s: float,
+) -> GroupPlan | None:
+    """The group of one attempt; None when nobody has anything to send.
+
+    Args:
+        receipts: valid ones, by hotkey.
+        weights: samples that each sender's vector counts; 0 after a failed check.
+        sitting: validators that reduce and send no vector.
+        anchors: where everyone is reached, by hotkey; who is missing here cannot take part.
+        duration_s: time for the whole exchange.
+    """
+    members = [
+        Member(
+            hotkey=hotkey,
+            peer_id=anchors[hotkey].peer_id,
+            maddrs=anchors[hotkey].maddrs,
+            weight=weights[hotkey],
+            reduces=True,
+            root=bytes.fromhex(receipt.payload_root),
+        )
+        for hotkey, receipt in sorted(receipts.items())
+        if weights.get(hotkey, 0.0) > 0 and hotkey in anchors and anchors[hotkey].peer_id
+    ]
+    if len(members) < parts.recipe.averaging.min_members:
+        return None
+    members += [
+        Member(
+            hotkey=hotkey,
+            peer_id=anchors[hotkey].peer_id,
+            maddrs=anchors[hotkey].maddrs,
+            weight=0.0,
+            reduces=True,
+        )
+        for hotkey in sitting
+        if hotkey in anchors and anchors[hotkey].peer_id
+    ]
+    return GroupPlan(
+        run_id=parts.run_id,
+        round=round_number,
+        attempt=attempt,
+        members=_distinct(members),
+        layout=parts.layout,
+        send_deadline_s=duration_s / 2,
+        deadline_s=duration_s,
+        max_abs=parts.recipe.averaging.max_abs,
+    )
+
+
+def _distinct(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Two hotkeys that name one peer id: the first of them keeps it."""
+    seen: set[str] = set()
+    kept = []
+    for member in members:
+        if member.peer_id in seen:
+            logger.warning("%s names another member's peer id and is left out", member.hotkey[:8])
+            continue
+        seen.add(member.peer_id)
+        kept.append(member)
+    return tuple(kept)
+
+
+def make_synapse(plan: GroupPlan, base_manifest: str) -> AllReduce:
+    """The call that goes to every member."""
+    return AllReduce(
+        run_id=plan.run_id,
+        round=plan.round,
+        attempt=plan.attempt,
+        plan=msgpack.packb(plan_to_dict(plan)),
+        base_manifest=base_manifest,
+    )
+
+
+async def call_group(
+    dendrite: Dendrite, peers: Sequence[PeerAddress], synapse: AllReduce, timeout_s: float
+) -> list[Reply[AllReduceReply]]:
+    """Call every member at once; the replies come when their exchange is over."""
+    return await dendrite.call_many(peers, synapse, timeout_s=timeout_s, concurrency=max(1, len(peers)))
+
+
+def count_signatures(
+    plan: GroupPlan, done: Participation, replies: Sequence[Reply[AllReduceReply]], verify: Verify
+) -> Led:
+    """Keep the signatures of those who hold the same state as the leader."""
+    message = state_message(plan.run_id, plan.round, plan.attempt, done.state_hash)
+    answered: dict[str, AllReduceReply] = {}
+    signatures: dict[str, str] = {}
+    for reply in replies:
+        if reply.reply is None:
+            logger.warning("%s did not answer AllReduce: %s", reply.hotkey[:8], reply.detail)
+            continue
+        answered[reply.hotkey] = reply.reply
+        if not reply.reply.completed or reply.reply.state_hash != done.state_hash:
+            why = reply.reply.detail or f"holds state {reply.reply.state_hash[:12]}, the leader {done.state_hash[:12]}"
+            logger.warning("%s does not sign: %s", reply.hotkey[:8], why)
+        elif verify(reply.hotkey, message, bytes.fromhex(reply.reply.state_signature)):
+            signatures[reply.hotkey] = reply.reply.state_signature
+        else:
+            logger.warning("%s signed something else", reply.hotkey[:8])
+    return Led(plan=plan, done=done, replies=answered, signatures=signatures)

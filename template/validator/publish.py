@@ -1,0 +1,114 @@
+"""PUBLISH: from the state that the group signed to a tag on the hub and a hash on chain."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Mapping
+
+from hivetrain.errors import HivetrainError
+from hivetrain.hub.store import ModelStore
+from hivetrain.identity import Identity
+from hivetrain.manifest import FaultEntry, FileEntry, Manifest, Ref
+from hivetrain.training.state import state_files
+from hivetrain.workbench import Parts
+from template.validator.lead import Led
+
+logger = logging.getLogger(__name__)
+
+MAX_FAULTS = 200
+
+
+class NotPublished(HivetrainError):
+    """A gate refuses this state: the round makes no epoch. Says which and why."""
+
+
+def check_gates(parts: Parts, led: Led, val_loss: float, parent_loss: float) -> None:
+    """Quorum and held-out loss.
+
+    Raises:
+        NotPublished: one of them refuses.
+    """
+    gates = parts.recipe.gates
+    weights = sent_weights(led)
+    total = sum(weights.values())
+    signed = sum(weights.get(hotkey, 0.0) for hotkey in led.signatures)
+    if total <= 0 or signed < gates.quorum * total:
+        raise NotPublished(
+            f"members who hold {signed:g} of {total:g} samples signed the state, the quorum is {gates.quorum:.2f}"
+        )
+    limit = parent_loss * (1 + gates.heldout_tolerance)
+    if not val_loss <= limit:
+        raise NotPublished(
+            f"held-out loss {val_loss:.4f} is worse than {limit:.4f} (the parent's is {parent_loss:.4f})"
+        )
+
+
+def sent_weights(led: Led) -> dict[str, float]:
+    """Weight of every sender whose vector is in the mean."""
+    assert led.done.outcome is not None
+    included = led.done.outcome.included
+    return {m.hotkey: m.weight for m in led.plan.members if m.sends and included.get(m.hotkey, 0.0) > 0}
+
+
+def publish_epoch(
+    *,
+    store: ModelStore,
+    parts: Parts,
+    base: Ref,
+    led: Led,
+    val_loss: float,
+    block: int,
+    identity: Identity,
+) -> Ref:
+    """Publish the led round's state as the next epoch.
+
+    Raises:
+        HubConflict: somebody else published this epoch first.
+        HubError: the hub did not take it within the limit.
+    """
+    state, outcome = led.done.state, led.done.outcome
+    assert state is not None
+    assert outcome is not None
+    files: dict[str, bytes] = state_files(state, parts.flat)
+    weights = sent_weights(led)
+    manifest = Manifest(
+        run_id=parts.run_id,
+        epoch=state.epoch,
+        round=led.plan.round,
+        attempt=led.plan.attempt,
+        parent=base.manifest_sha256,
+        schema_hash=parts.schema_hash,
+        state_hash=led.done.state_hash,
+        base_epoch=base.manifest.base_epoch,
+        files=file_entries(files),
+        members=tuple(sorted(weights)),
+        weights=weights,
+        faults=tuple(
+            FaultEntry(hotkey=fault.hotkey, fault=fault.fault.value, detail=fault.detail[:500])
+            for fault in outcome.faults[:MAX_FAULTS]
+        ),
+        val_loss=val_loss,
+        samples=int(sum(weights.values())),
+        allreduce_seconds=outcome.seconds,
+        allreduce_bytes=outcome.bytes_sent + outcome.bytes_received,
+        block=block,
+        nonce=secrets.token_hex(16),
+        leader=identity.hotkey,
+        signatures={hotkey: led.signatures[hotkey] for hotkey in weights if hotkey in led.signatures},
+    )
+    return store.publish(sign_manifest(manifest, identity), files)
+
+
+def sign_manifest(manifest: Manifest, identity: Identity) -> Manifest:
+    """``manifest`` with its leader's signature."""
+    return manifest.model_copy(update={"leader_signature": identity.sign(manifest.signed_bytes()).hex()})
+
+
+def file_entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    """Size and sha256 of every file."""
+    return {
+        name: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+        for name, content in files.items()
+    }
