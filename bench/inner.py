@@ -10,7 +10,6 @@ A second table compares the adapters: peft's own DoRA, ours with the norm of the
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -97,7 +96,8 @@ def with_adapter(recipe: Recipe, kind: Literal["dora", "lora"]) -> Recipe:
 def main() -> int:
     """Entry point."""
     options = arguments(__doc__ or "")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # One thread: on a machine that does other work too, the second one mostly waits, and the ratio becomes noise.
+    torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = Recipe()
     num_steps, repeats = (10, 7) if options.quick else (recipe.inner.max_steps, 15)

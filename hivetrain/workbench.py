@@ -22,7 +22,8 @@ from hivetrain.data.index import DatasetIndex, parse_index
 from hivetrain.data.reader import RoundData, SegmentReader, load_heldout, load_round
 from hivetrain.data.tokenizer import load_tokenizer, tokenizer_sha256
 from hivetrain.errors import IntegrityError, SchemaMismatch
-from hivetrain.hub.store import DatasetFiles, ModelStore
+from hivetrain.hub.dataset import DatasetFiles
+from hivetrain.hub.store import ModelStore
 from hivetrain.manifest import Ref
 from hivetrain.model.dora import attach_adapter
 from hivetrain.model.load import base_sha256, load_base

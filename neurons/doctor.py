@@ -193,9 +193,9 @@ def check_tokens(environ: Mapping[str, str]) -> list[Check]:
 
 def check_clock(endpoint: str) -> Check:
     """Our clock agrees with the hub's, within its answer's resolution of a second."""
-    request = urllib.request.Request(endpoint, method="HEAD")
     started = time.time()
     try:
+        request = urllib.request.Request(endpoint, method="HEAD")
         with urllib.request.urlopen(request, timeout=5.0) as response:
             header = response.headers.get("Date")
     except urllib.error.HTTPError as exc:  # an answer all the same, and it carries the date

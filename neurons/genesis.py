@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from template.chain.client import Chain
 
 from hivetrain.data.corpus import build_corpus
 from hivetrain.data.index import build_index
 from hivetrain.data.reader import SegmentReader, load_heldout, load_round
 from hivetrain.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_sha256, train_tokenizer
 from hivetrain.errors import ConfigError, HivetrainError
-from hivetrain.hub.client import HubDataset, HubStore, publish_dataset
+from hivetrain.hub.client import HubStore, publish_dataset
+from hivetrain.hub.dataset import LocalDataset
 from hivetrain.manifest import Manifest
 from hivetrain.model.dora import attach_adapter
 from hivetrain.model.load import base_files, base_sha256, load_base
@@ -39,12 +39,13 @@ from hivetrain.training.inner import InnerLoop
 from hivetrain.training.state import State, genesis_state, state_files, state_hash
 from hivetrain.workbench import BASE_PREFIX, INDEX_NAME, RECIPE_NAME, TOKENIZER_PREFIX
 from template.anchor import Anchor
+from template.chain.client import Chain
 from template.chain.keys import WalletIdentity, load_wallet
 from template.chain.ledger import create_local_chain
 from template.config import read_secrets
 from template.validator.publish import file_entries, sign_manifest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("neurons.genesis")
 
 NETUID = 1
 VALIDATOR_STAKE = 10_000.0
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--block-time", type=float, default=1.0, help="seconds per block of the local chain")
     parser.add_argument("--neurons-per-core", type=float, default=0.0, help="instead of miners over cores")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO)
     try:
         make_run(
             folder=args.dir.resolve(),
@@ -125,10 +127,10 @@ def make_run(
     folder.mkdir(parents=True, exist_ok=True)
     recipe = _read_recipe(recipe_path)
     say("genesis: writing the corpus from Python's own documentation")
-    corpus = build_corpus(folder / "corpus")
+    corpus = build_corpus(folder / "corpus" / "data", heldout_row_groups=recipe.data.heldout_row_groups)
     revision = publish_dataset(endpoint, recipe.data.repo, {f"data/{p.name}": p for p in corpus}, token=token)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, revision=revision, config=""))
-    made = _make(recipe, folder, endpoint, token, block_time_s, load, say)
+    made = _make(recipe, folder, block_time_s, load, say)
     say("genesis: making keys and registering neurons")
     names = [f"miner-{i + 1}" for i in range(num_miners)] + [f"validator-{i + 1}" for i in range(num_validators)]
     chain_endpoint = _make_chain(folder, names, made, block_time_s)
@@ -194,13 +196,11 @@ def _read_recipe(path: Path | None) -> Recipe:
 def _make(
     recipe: Recipe,
     folder: Path,
-    endpoint: str,
-    token: str | None,
     block_time_s: float,
     load: float,
     say: Callable[[str], None],
 ) -> Made:
-    dataset = HubDataset(endpoint=endpoint, repo=recipe.data.repo, revision=recipe.data.revision, token=token)
+    dataset = LocalDataset(folder / "corpus")
     index = build_index(
         dataset, recipe.data.repo, recipe.data.revision, recipe.data.config, recipe.data.heldout_row_groups
     )
@@ -232,7 +232,7 @@ def _make(
         if path.is_file()
     }
     files[RECIPE_NAME] = recipe.to_toml().encode()
-    files[INDEX_NAME] = index.to_json().encode()
+    files[INDEX_NAME] = index.to_json()
     return Made(
         recipe=recipe,
         files=files,
@@ -264,15 +264,17 @@ def _schedule(recipe: Recipe, step_s: float, block_time_s: float) -> Schedule:
 
 def _make_chain(folder: Path, names: list[str], made: Made, block_time_s: float) -> str:
     path = folder / "chain.db"
+    for leftover in folder.glob("chain.db*"):  # of a genesis that was cut short
+        leftover.unlink()
     ledger = create_local_chain(path, netuid=NETUID, tempo=made.recipe.schedule.round_blocks, block_time_s=block_time_s)
-    endpoint = f"sqlite:///{path}"
     for name in names:
         wallet = load_wallet(name, "default", folder / "wallets", create=True)
-        with Chain(network="local", netuid=NETUID, wallet=wallet, chain_endpoint=endpoint) as chain:
-            chain.register()
+        hotkey = WalletIdentity(wallet).hotkey
+        ledger.register(hotkey, wallet.coldkeypub.ss58_address)
         if name.startswith("validator"):
-            ledger.fund(WalletIdentity(wallet).hotkey, VALIDATOR_STAKE)
-    return endpoint
+            ledger.fund(hotkey, VALIDATOR_STAKE)
+    ledger.close()
+    return f"sqlite://{path}"
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def make_plan(options: UpOptions, ports: Mapping[str, int]) -> Plan:
         return [neuron(member, genesis) for member in started_members(options, genesis)]
 
     def producer(genesis: Genesis) -> ProcessSpec:
-        database = genesis.chain_endpoint.removeprefix("sqlite:///")
+        database = genesis.chain_endpoint.removeprefix("sqlite://")
         flags = ["--db", database, "--block-time", str(genesis.block_time_s)]
         return spec("chain", "-m", "template.chain.producer", *flags)
 
@@ -292,19 +292,9 @@ def make_plan(options: UpOptions, ports: Mapping[str, int]) -> Plan:
         extras=tuple(extras),
         neurons=neurons,
         producer=producer,
-        results=lambda genesis: LiveResults(folder, genesis, _model_repo(options)),
+        results=lambda genesis: LiveResults(folder, genesis),
         urls=urls,
     )
-
-
-def _model_repo(options: UpOptions) -> str:
-    from hivetrain.run import Recipe, parse_recipe
-
-    try:
-        recipe = parse_recipe((options.dir / "run.toml").read_text(encoding="utf-8"))
-    except OSError:
-        recipe = Recipe()
-    return recipe.hub.repo
 
 
 def started_members(options: UpOptions, genesis: Genesis) -> list[Member]:

@@ -7,18 +7,20 @@ recorded against the one that the manifest names.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hivetrain.errors import ServiceError
+from hivetrain.errors import HubError, ServiceError
 from hivetrain.manifest import Manifest, epoch_tag
+from hivetrain.run import HubPolicy
+
+if TYPE_CHECKING:
+    from hivetrain.hub.client import HubStore
 
 
 class _Record(BaseModel):
@@ -41,6 +43,7 @@ class Genesis(_Record):
     netuid: int
     chain_endpoint: str
     hub_endpoint: str
+    hub_repo: str = HubPolicy().repo
     block_time_s: float
     wallets: tuple[Member, ...]
 
@@ -260,26 +263,34 @@ def read_genesis(folder: Path) -> Genesis:
 class LiveResults:
     """`Results` from the hub, the chain and the folder of a running network."""
 
-    def __init__(self, folder: Path, genesis: Genesis, repo: str) -> None:
+    def __init__(self, folder: Path, genesis: Genesis) -> None:
         self._folder = folder
         self._genesis = genesis
-        self._repo = repo
-        self._hub: Any = None
+        self._hub: HubStore | None = None
         self._manifests: dict[int, Manifest] = {}
 
     def epochs(self) -> list[int]:
-        """See `Results`."""
-        return sorted(self._store().epochs())
+        """See `Results`. An epoch that was read before counts although it has been pruned since."""
+        return sorted({*self._store().epochs(), *self._manifests})
 
     def manifest(self, epoch: int) -> Manifest:
         """See `Results`."""
         if epoch not in self._manifests:
-            self._manifests[epoch] = self._store().resolve(epoch).manifest
+            ref = self._store().resolve(epoch)
+            if ref is None:
+                raise HubError(f"the hub has no {epoch_tag(epoch)}")
+            self._manifests[epoch] = ref.manifest
         return self._manifests[epoch]
 
     def weights(self) -> dict[str, float]:
         """See `Results`."""
-        return asyncio.run(self._read_weights())
+        from template.chain.client import Chain
+
+        genesis = self._genesis
+        with Chain(network="local", netuid=genesis.netuid, chain_endpoint=genesis.chain_endpoint) as chain:
+            neurons, by_validator = chain.metagraph().neurons, chain.weights()
+        rows = [row for row in by_validator.values() if any(share > 0 for share in row.values())]
+        return {n.hotkey: sum(row.get(n.uid, 0.0) for row in rows) / max(len(rows), 1) for n in neurons}
 
     def scores(self) -> dict[str, Score]:
         """See `Results`."""
@@ -293,31 +304,12 @@ class LiveResults:
         """See `Results`."""
         return read_states(self._folder / name / "states.jsonl")
 
-    def _store(self) -> Any:
+    def _store(self) -> HubStore:
         if self._hub is None:
-            from hivetrain.hub.client import HubStore
+            from hivetrain.hub.client import HubStore  # slow: huggingface_hub
 
-            self._hub = HubStore(endpoint=self._genesis.hub_endpoint, repo=self._repo)
+            self._hub = HubStore(endpoint=self._genesis.hub_endpoint, repo=self._genesis.hub_repo)
         return self._hub
-
-    async def _read_weights(self) -> dict[str, float]:
-        from template.chain.client import Chain
-
-        genesis = self._genesis
-        chain = Chain(network="local", netuid=genesis.netuid, chain_endpoint=genesis.chain_endpoint)
-        try:
-            if hasattr(chain, "start"):
-                await _settled(chain.start())
-            neurons = (await _settled(chain.metagraph())).neurons
-            by_validator = await _settled(chain.weights())
-        finally:
-            await _settled(chain.close())
-        rows = [row for row in by_validator.values() if any(share > 0 for share in row.values())]
-        return {n.hotkey: sum(row.get(n.uid, 0.0) for row in rows) / max(len(rows), 1) for n in neurons}
-
-
-async def _settled(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
 
 
 def read_scores(path: Path) -> dict[str, Score]:

@@ -22,6 +22,15 @@ from hivetrain.tracking.events import Event
 from hivetrain.tracking.status import NeuronStatus, read_statuses
 
 PHASES = [phase.value for phase in Phase]
+PHASE_OF_STATE = {  # of a neuron that does not report its phase
+    "training": "train",
+    "committed": "commit",
+    "committing": "commit",
+    "verifying": "verify",
+    "all-reduce": "all_reduce",
+    "publishing": "publish",
+    "scoring": "publish",
+}
 BARS = "▁▂▃▄▅▆▇█"
 STALE_S = 30.0
 STATE_STYLES = {
@@ -42,7 +51,7 @@ class View:
     title: str
     stage: str = ""  # before the first round: what we wait for
     rows: list[NeuronStatus] = field(default_factory=list)
-    losses: list[tuple[int, float]] = field(default_factory=list)  # (epoch, held-out loss), ascending
+    losses: list[tuple[int, float]] = field(default_factory=list)  # (epoch, held-out loss): where we began, then news
     goal: tuple[int, int] | None = None  # epochs published since the start, of how many
     events: list[str] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)
@@ -51,8 +60,9 @@ class View:
 
 
 def current_round(rows: Sequence[NeuronStatus]) -> tuple[int, str]:
-    """Round and phase as the neurons report them; ``(-1, "")`` before the first."""
-    known = [(row.round, PHASES.index(row.phase)) for row in rows if row.phase in PHASES and row.round >= 0]
+    """Round and phase of the neuron that is furthest; ``(-1, "")`` before the first round."""
+    phases = [(row.round, row.phase or PHASE_OF_STATE.get(row.state, "")) for row in rows]
+    known = [(number, PHASES.index(phase)) for number, phase in phases if phase in PHASES and number >= 0]
     if not known:
         return -1, ""
     round_number, phase = max(known)
@@ -165,14 +175,24 @@ class Narrator:
                 said.append(view.stage)
         said.extend(new_events)
         position = current_round(view.rows)
-        if position > self._round or (position[0] >= 0 and position[0] != self._round[0]):
+        if position != self._round and position[0] >= 0 and _is_later(position, self._round):
             self._round = position
             said.append(f"round {position[0]}: {position[1].replace('_', '-')}{_steps(view.rows, position[1])}")
-        for epoch, loss in view.losses[self._num_losses :]:
-            goal = f" ({view.goal[0]}/{view.goal[1]})" if view.goal is not None else ""
+        for number, (epoch, loss) in enumerate(view.losses):
+            if number < self._num_losses:
+                continue
+            if number == 0:
+                said.append(f"starting from epoch {epoch}, val loss {loss:.4f}")
+                continue
+            goal = f" ({number}/{view.goal[1]})" if view.goal is not None else ""
             said.append(f"epoch {epoch} published, val loss {loss:.4f}{goal}")
         self._num_losses = len(view.losses)
         return said
+
+
+def _is_later(now: tuple[int, str], before: tuple[int, str]) -> bool:
+    """Neurons report at different moments: within a round, a phase is not told twice."""
+    return now[0] != before[0] or PHASES.index(now[1]) > PHASES.index(before[1])
 
 
 def _steps(rows: Sequence[NeuronStatus], phase: str) -> str:

@@ -35,7 +35,7 @@ READY_TIMEOUT_S = 300.0
 REDRAW_S = 0.5
 HUB_POLL_S = 1.5
 GRACE_S = 60.0
-"""After the last epoch: how long weights and state records may still take."""
+"""After the last epoch: how long weights and state records may still take, or two epochs' time if that is more."""
 
 INTERRUPTED = "interrupted"
 INTERRUPTED_EXIT = 130
@@ -108,13 +108,13 @@ class Network:
 
     async def _life(self, plan: Plan) -> Report | None:
         try:
-            genesis = await self._start(plan)
-            return await self._watch(plan.results(genesis), genesis)
+            genesis, results = await self._start(plan)
+            return await self._watch(results, genesis)
         finally:
             self._stage = "stopping"
             await self._shut_down(plan)
 
-    async def _start(self, plan: Plan) -> Genesis:
+    async def _start(self, plan: Plan) -> tuple[Genesis, Results]:
         supervisor = self._supervisor
         for spec in plan.services:
             self._stage = f"starting the {spec.name}"
@@ -148,13 +148,14 @@ class Network:
         self._needed.add(producer.name)
         supervisor.start(producer)
         self._stage = ""
-        return genesis
+        return genesis, results
 
     async def _watch(self, results: Results, genesis: Genesis) -> Report | None:
         options, started = self._options, time.monotonic()
         names = set(options.neuron_names)
         miners = [m for m in genesis.wallets if m.role == "miner" and m.name in names]
         complete_at: float | None = None
+        grace_s = GRACE_S
         while True:
             await asyncio.sleep(HUB_POLL_S)
             self._raise_if_given_up()
@@ -165,13 +166,14 @@ class Network:
                 if complete_at is None:
                     complete_at = time.monotonic()
                     self._seconds["epochs"] = complete_at - started
+                    grace_s = max(GRACE_S, 2 * self._seconds["epochs"] / options.num_epochs)
                 report = await asyncio.to_thread(self._judge, results, miners)
             except ServiceError as exc:
-                if complete_at is not None and time.monotonic() - complete_at > GRACE_S:
+                if complete_at is not None and time.monotonic() - complete_at > grace_s:
                     raise
                 self._say(f"{time.strftime('%H:%M:%S')} up: {exc}")
                 continue
-            if report.ok or time.monotonic() - complete_at > GRACE_S:
+            if report.ok or time.monotonic() - complete_at > grace_s:
                 return report
 
     def _read_losses(self, results: Results) -> None:
@@ -261,7 +263,7 @@ class Network:
         now, stage = time.time(), self._stage
         children = self._supervisor.children
         if stage.startswith("genesis") and (tail := log_tail(self._options.dir / "logs" / "genesis.log", 1)):
-            stage = f"genesis: {tail[0].removeprefix('--- ')}"
+            stage = f"genesis: {tail[0].removeprefix('--- ').removeprefix('genesis: ')}"
         by_name = {status.name: status for status in read_statuses(self._options.dir / "status")}
         rows = []
         for name in self._options.neuron_names:

@@ -49,7 +49,7 @@ ensure_venv() {
     fi
     (
         if command -v flock >/dev/null 2>&1; then
-            exec 9>"$ROOT/.venv.lock"
+            exec 9<"$ROOT/pyproject.toml"
             flock 9
             # Somebody else may have finished it while we waited.
             if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_stamp)" ]; then exit 0; fi

@@ -51,13 +51,15 @@ def parse_anchor(raw: bytes) -> Anchor:
         PeerFault: MALFORMED.
     """
     try:
-        fields = msgpack.unpackb(raw[: MAX_ANCHOR_BYTES + 1], max_buffer_size=MAX_ANCHOR_BYTES, strict_map_key=True)
+        fields = msgpack.unpackb(raw[: MAX_ANCHOR_BYTES + 1], strict_map_key=True)
         if not isinstance(fields, dict) or set(fields) != {"p", "a", "r", "e", "m"}:
             raise ValueError("not an anchor's keys")
+        if not isinstance(fields["a"], list):
+            raise ValueError("addresses are not a list")
         return Anchor(
             peer_id=fields["p"], maddrs=tuple(fields["a"]), run_id=fields["r"], epoch=fields["e"], manifest=fields["m"]
         )
-    except (ValueError, TypeError, ValidationError, msgpack.UnpackException) as exc:
+    except (ValueError, ValidationError, msgpack.UnpackException) as exc:
         raise PeerFault(Fault.MALFORMED, f"commitment is not an anchor: {exc}") from exc
 
 

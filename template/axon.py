@@ -18,7 +18,6 @@ and no stranger can use up the places of the hotkey that it names. Refusals are 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
@@ -38,8 +37,6 @@ from template.protocol import Message, Synapse
 
 logger = logging.getLogger(__name__)
 
-_SEND_BYTES = 256 << 10
-
 S = TypeVar("S", bound=Synapse[Message])
 
 
@@ -57,6 +54,7 @@ class AxonSettings:
     min_reply_rate: float = 32 << 10  # a reply gets the grace, and its length over this rate, to be read
     rate_per_s: float = 50.0  # requests per second and hotkey
     burst: int = 200
+    close_grace_s: float = 2.0  # what `close` gives requests in progress
     in_flight_per_hotkey: int = 4  # for each route apart
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
@@ -148,7 +146,13 @@ class Axon:
         self._readers = self._limiter(self._settings.reading_per_caller)
         self._nonces = http_auth.InMemoryNonceStore(retention=wire.NONCE_RETENTION_S)
         self._started_ns = 0
-        self._listener = Listener(self._serve, host=host, port=port, limits=self._settings.connections)
+        self._listener = Listener(
+            self._serve,
+            host=host,
+            port=port,
+            limits=self._settings.connections,
+            close_grace_s=self._settings.close_grace_s,
+        )
 
     def _limiter(self, max_in_flight: int) -> RateLimiter:
         return RateLimiter(
@@ -199,7 +203,7 @@ class Axon:
         logger.info("axon of %s listens on port %d", self.hotkey, self.port)
 
     async def close(self) -> None:
-        """Stop answering; requests in progress get 2 s."""
+        """Stop answering; requests in progress get `AxonSettings.close_grace_s`."""
         await self._listener.close()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -322,7 +326,10 @@ class Axon:
             body_sha256=await wire.off_loop(len(reply), lambda: wire.sha256_hex(reply)),
         )
         headers = {"Content-Type": wire.CONTENT_TYPE, **seal.headers(self._signer)}
-        await self._send(scope, send, 200, headers, reply)
+        await self._listener.send(scope, send, 200, headers, reply, self._deadline_s(len(reply)))
+
+    def _deadline_s(self, size_bytes: int) -> float:
+        return self._settings.reply_grace_s + size_bytes / self._settings.min_reply_rate
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: _Refusal, *, unread: bool) -> None:
         """Answer with a few bytes of JSON. With ``unread`` body, drop the connection after them."""
@@ -331,36 +338,12 @@ class Axon:
         headers = {"Content-Type": "application/json"}
         if refusal.status == 405:
             headers["Allow"] = "POST"
-        if not unread:
-            await self._send(scope, send, refusal.status, headers, body)
-            return
-        headers["Connection"] = "close"
-        await self._send(scope, send, refusal.status, headers, body, finish=False)
-        # Closing with bytes unread resets the connection, and the reset can overtake the answer.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await _discard(receive, max_bytes=1 << 20)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(
-        self, scope: Scope, send: Send, status: int, headers: dict[str, str], body: bytes, finish: bool = True
-    ) -> None:
-        """Send in pieces, so that at most one waits in memory for a slow reader, and not for ever."""
-        deadline_s = self._settings.reply_grace_s + len(body) / self._settings.min_reply_rate
-        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        raw.append((b"content-length", str(len(body)).encode()))
-        view = memoryview(body)
-        try:
-            async with asyncio.timeout(deadline_s):
-                await send({"type": "http.response.start", "status": status, "headers": raw})
-                for start in range(0, len(body), _SEND_BYTES):
-                    piece = bytes(view[start : start + _SEND_BYTES])
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if finish:
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            logger.warning("%s read a reply of %d bytes too slowly: dropped", scope.get("client"), len(body))
-            self._listener.abort(scope.get("client"))
+        if unread:
+            headers["Connection"] = "close"
+        # Closing with bytes unread resets the connection, and the reset can overtake the answer: linger.
+        linger_s = 1.0 if unread else 0.0
+        deadline_s = self._deadline_s(len(body))
+        await self._listener.send(scope, send, refusal.status, headers, body, deadline_s, receive, linger_s)
 
 
 def _declared_length(headers: Headers, limit: int) -> int:
@@ -397,15 +380,6 @@ async def _run(route: _Route, synapse: Synapse[Message], caller: Caller) -> byte
             raise _Refusal(504, f"no answer within {route.timeout_s:g} s") from exc
         logger.exception("%s from %s failed", name, caller.hotkey)
         raise _Refusal(500, "this neuron failed to answer; its log says why") from exc
-
-
-async def _discard(receive: Receive, *, max_bytes: int) -> None:
-    left = max_bytes
-    while left > 0:
-        event = await receive()
-        left -= len(event.get("body", b""))
-        if event["type"] == "http.disconnect" or not event.get("more_body", False):
-            return
 
 
 __all__ = ["Axon", "AxonSettings", "Caller", "Handler"]

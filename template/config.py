@@ -66,7 +66,7 @@ class SubtensorConfig(_Section):
 
     network: str = Field(default="finney", min_length=1, description="finney, test, local, or a ws:// endpoint")
     chain_endpoint: str = Field(
-        default="", description="overrides the network's own: ws://..., or sqlite:///FILE when local"
+        default="", description="overrides the network's own: ws://..., or sqlite:///ABSOLUTE/PATH when local"
     )
 
 

@@ -22,6 +22,7 @@ from template.protocol import AllReduce, AllReduceReply, IsAlive, IsAliveReply, 
 logger = logging.getLogger(__name__)
 
 MAX_PLAN_BYTES = 1 << 20
+CALL_LIMIT_S = 600.0
 
 
 def spec_version() -> int:
@@ -37,8 +38,10 @@ def parse_plan(raw: bytes) -> GroupPlan:
         PeerFault: MALFORMED.
     """
     try:
-        fields = msgpack.unpackb(raw, strict_map_key=True, max_buffer_size=MAX_PLAN_BYTES)
-    except (ValueError, TypeError, msgpack.UnpackException) as exc:
+        if len(raw) > MAX_PLAN_BYTES:
+            raise ValueError(f"{len(raw)} bytes, the limit is {MAX_PLAN_BYTES}")
+        fields = msgpack.unpackb(raw, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as exc:
         raise PeerFault(Fault.MALFORMED, f"plan is not msgpack: {exc}") from exc
     return plan_from_dict(fields)
 
@@ -87,6 +90,7 @@ class Handlers:
         self._layout = layout
         self._may_lead = may_lead
         self._coins = Coins()
+        self._running: dict[tuple[int, int], concurrent.futures.Future[AllReduceReply]] = {}
 
     async def is_alive(self, synapse: IsAlive, caller: Caller) -> IsAliveReply:
         """Who is here, and where in the run."""
@@ -140,6 +144,9 @@ class Handlers:
         done = self._board.outcome(synapse.round, synapse.attempt)
         if done is not None:
             return done
+        running = self._running.get((synapse.round, synapse.attempt))
+        if running is not None:  # a call that was delivered twice waits for the one answer
+            return await self._answer(synapse, running, CALL_LIMIT_S)
         try:
             plan = parse_plan(synapse.plan)
             refusal = self._refuse(synapse, plan, caller)
@@ -149,11 +156,21 @@ class Handlers:
             logger.warning("refused AllReduce of %s for round %d: %s", caller.hotkey[:8], synapse.round, refusal)
             return self._reply(synapse, accepted=False, detail=refusal)
         future: concurrent.futures.Future[AllReduceReply] = concurrent.futures.Future()
+        self._running = {(synapse.round, synapse.attempt): future}
         self._board.mailbox.put(AllReduceTask(request=synapse, plan=plan, caller=caller.hotkey, reply=future))
+        return await self._answer(synapse, future, plan.deadline_s + 10)
+
+    async def _answer(
+        self, synapse: AllReduce, future: concurrent.futures.Future[AllReduceReply], timeout_s: float
+    ) -> AllReduceReply:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), plan.deadline_s + 10)
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), timeout_s)
         except TimeoutError:
             return self._reply(synapse, accepted=True, detail="the model's thread did not answer in time")
+        except asyncio.CancelledError:
+            if future.cancelled():
+                return self._reply(synapse, accepted=False, detail="the state that this round starts from has changed")
+            raise
 
     def _refuse(self, synapse: AllReduce, plan: GroupPlan, caller: Caller) -> str | None:
         report = self._board.report

@@ -19,7 +19,7 @@ from hivetrain.averaging.swarm import Swarm
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.errors import ConfigError
 from hivetrain.hub.client import HubDataset, HubStore
-from hivetrain.hub.store import DatasetFiles
+from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.manifest import Manifest, Ref, state_message
 from hivetrain.progress import Phase, Position, phase_at
 from hivetrain.tracking import EventLog, RunInfo, StatusWriter, Trackers, make_tracker

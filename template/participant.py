@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
-
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.transport import Transport
 from hivetrain.errors import ServiceError
@@ -100,6 +99,7 @@ def make_reply(plan: GroupPlan, done: Participation) -> AllReduceReply:
         faults=tuple(
             MemberFault(hotkey=fault.hotkey, fault=fault.fault.value, detail=fault.detail[:500])
             for fault in outcome.faults
+            if fault.hotkey  # a stranger who proved no hotkey is in the log, not in the blame
         ),
         bytes_sent=outcome.bytes_sent,
         bytes_received=outcome.bytes_received,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
@@ -208,7 +209,7 @@ async def _visit(
             await tab.call("Page.navigate", url=url)
             try:
                 for step in steps:
-                    await _until(deadline, f"{step} to be true", lambda step=step: tab.evaluate(step))
+                    await _until(deadline, f"{step} to be true", functools.partial(tab.evaluate, step))
                 await _until(deadline, f"{list(wait_for_text)} on the page", lambda: _has(tab, wait_for_text))
                 await _until(deadline, "the picture to be as expected", lambda: _looks(tab, wait_for_picture))
             except AssertionError as error:

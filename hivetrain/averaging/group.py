@@ -108,9 +108,7 @@ class GroupPlan:
         if not any(member.reduces for member in self.members):
             raise ValueError("a group needs a member that reduces")
         if not 0 < self.send_deadline_s < self.deadline_s < math.inf:
-            raise ValueError(
-                f"need 0 < send_deadline_s < deadline_s, got {self.send_deadline_s} and {self.deadline_s}"
-            )
+            raise ValueError(f"need 0 < send_deadline_s < deadline_s, got {self.send_deadline_s} and {self.deadline_s}")
         if not 0 < self.max_abs < math.inf:
             raise ValueError(f"max_abs must be finite and > 0, got {self.max_abs}")
         largest = self.max_abs * sum(member.weight for member in self.members)

@@ -182,8 +182,8 @@ class PayloadLayout:
             PeerFault: TRUNCATED or OVERSIZED.
         """
         flat = self.decode_chunks(payload, 0, self.num_chunks)
-        sizes = [section.num_elements for section in self.sections]
-        return {s.name: v for s, v in zip(self.sections, flat.split(sizes), strict=True)}
+        ends = list(accumulate(section.num_elements for section in self.sections))
+        return {s.name: flat[end - s.num_elements : end] for s, end in zip(self.sections, ends, strict=True)}
 
     def chunk_digests(self, payload: Bytes, start: int = 0, stop: int | None = None) -> list[bytes]:
         """Merkle leaf digests of chunks ``[start, stop)``, whose bytes ``payload`` is.
@@ -193,7 +193,8 @@ class PayloadLayout:
         """
         stop = self.num_chunks if stop is None else stop
         require_size(len(payload), self.range_bytes(start, stop), f"chunks [{start}, {stop})")
-        view, digests = memoryview(payload), []
+        view = memoryview(payload)
+        digests: list[bytes] = []
         for span in self.spans(start, stop):
             whole = span.codec.encoded_size(CHUNK_ELEMENTS)
             size = span.codec.encoded_size(span.num_elements)

@@ -1,4 +1,4 @@
-"""Streams in memory with scripted faults, and an event loop whose time is virtual: rehearse any failure in milliseconds.
+"""Streams in memory with scripted faults, and an event loop of virtual time: any failure in milliseconds.
 
 `run_in_virtual_time` runs the real code, timeouts included, on a loop that jumps to the next timer instead of waiting
 for it. `MemoryHub` connects transports; a `LinkScript` on a direction of a pair says what goes wrong there.

@@ -16,7 +16,7 @@ original, and two different ones are a proof of a lie.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, overload
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -132,14 +132,23 @@ class FetchReply(Message):
 
 
 M = TypeVar("M", bound=Message)
+N = TypeVar("N", bound=Message)
 
 
-def parse(frame: bytes, *kinds: type[M]) -> M:
+@overload
+def parse(frame: bytes, kind: type[M], /) -> M: ...
+@overload
+def parse(frame: bytes, kind: type[M], other: type[N], /) -> M | N: ...
+def parse(frame: bytes, *kinds: type[Message]) -> Message:
     """The message in ``frame``, which must be one of ``kinds``.
 
     Raises:
         PeerFault: MALFORMED.
     """
+    return _parse(frame, kinds)
+
+
+def _parse(frame: bytes, kinds: Sequence[type[Message]]) -> Message:
     names = " or ".join(kind.__name__ for kind in kinds)
     try:
         raw = msgpack.unpackb(frame, max_map_len=16, max_array_len=2 * MAX_MEMBERS, max_ext_len=0)
@@ -156,14 +165,18 @@ def parse(frame: bytes, *kinds: type[M]) -> M:
     raise PeerFault(Fault.MALFORMED, f"expected {names}, got {str(kind_name)[:32]!r}")
 
 
-async def receive(stream: Stream, *kinds: type[M], max_bytes: int = MAX_HEADER_BYTES) -> M:
-    """The next frame of ``stream``, parsed.
+@overload
+async def receive(stream: Stream, kind: type[M], /, *, max_bytes: int = ...) -> M: ...
+@overload
+async def receive(stream: Stream, kind: type[M], other: type[N], /, *, max_bytes: int = ...) -> M | N: ...
+async def receive(stream: Stream, *kinds: type[Message], max_bytes: int = MAX_HEADER_BYTES) -> Message:
+    """The next frame of ``stream``, parsed: one of ``kinds``.
 
     Raises:
         LinkLost: the stream ended.
         PeerFault: OVERSIZED or MALFORMED.
     """
-    return parse(await stream.receive(max_bytes), *kinds)
+    return _parse(await stream.receive(max_bytes), kinds)
 
 
 def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -44,7 +44,9 @@ async def obtain_part(state: RoundState, part: Part) -> None:
     state.settle(part)
     # A reducer is absent only where its mean is nowhere: a bad link of ours is not its fault.
     if part.index not in state.held and not state.ledger.blames(part.reducer.hotkey, part.index):
-        state.blame(part.reducer.hotkey, Fault.ABSENT, f"nobody holds the mean of part {part.index}: {story}", part.index)
+        state.blame(
+            part.reducer.hotkey, Fault.ABSENT, f"nobody holds the mean of part {part.index}: {story}", part.index
+        )
     if stream is not None:
         await _compare_notes(state, part.reducer, stream)
 
@@ -64,9 +66,12 @@ async def _from_reducer(state: RoundState, part: Part) -> tuple[Stream | None, s
                 answer = await receive(stream, Result, Refusal)
                 if isinstance(answer, Result):
                     await receive_result(state, part, part.reducer, stream, answer)
-                    return stream, ""
-            story = f"refused: {answer.fault}: {answer.detail}"
-            logger.warning("part %d: %s refused our vector: %s", part.index, part.reducer.hotkey, story)
+                    if part.index in state.held:
+                        return stream, ""
+                    story = "its mean was unfit"
+                else:
+                    story = f"it refused our vector: {answer.fault}: {answer.detail}"
+                    logger.warning("part %d: %s: %s", part.index, part.reducer.hotkey, story)
         except TimeoutError:
             story = "its mean did not come in time" if delivered else "it did not take our vector in time"
         except LinkLost as lost:
@@ -143,6 +148,8 @@ async def _compare_notes(state: RoundState, reducer: Member, stream: Stream) -> 
             await state.all_settled.wait()
             await stream.send(state.confirm().to_bytes())
             state.merge_confirm(await receive(stream, Confirm, max_bytes=MAX_CONFIRM_BYTES), reducer.hotkey)
+            state.content.add(reducer.hotkey)
+            state.on_change()
     except (TimeoutError, LinkLost) as exc:
         logger.info("%s did not confirm: %s", reducer.hotkey, exc)
     except PeerFault as fault:
@@ -171,7 +178,7 @@ async def _fetch(state: RoundState, part: Part) -> None:
 
 
 async def _ask(state: RoundState, holder: Member, part: Part, streams: dict[str, Stream]) -> str:
-    """"have" (then ``streams`` has the stream on which to take it), "pending" or "none"."""
+    """ "have" (then ``streams`` has the stream on which to take it), "pending" or "none"."""
     until = min(state.fetch_close, state.now() + ASK_TIMEOUT_S)
     try:
         if holder.hotkey not in streams:

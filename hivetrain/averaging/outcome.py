@@ -153,7 +153,7 @@ def pack_evidence(first: Result, second: Result) -> bytes:
 
 
 def proves_two_averages(evidence: bytes, plan: GroupPlan, verify: Verify) -> str | None:
-    """The hotkey that signed two different means of one part, or None where ``evidence`` proves nothing. Never raises."""
+    """The hotkey that signed two different means of one part; None where nothing is proved. Never raises."""
     try:
         raw = msgpack.unpackb(evidence, max_array_len=2, max_map_len=0)
         first, second = (Result.model_validate(msgpack.unpackb(item)) for item in raw)

@@ -8,6 +8,7 @@ import enum
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from hivetrain.averaging.group import Member, Part
 from hivetrain.averaging.handshake import NonceLedger, finish_greeting, greet
@@ -68,9 +69,10 @@ class Server:
         self._changed = asyncio.Event()
         self._unconfirmed: Counter[str] = Counter()  # open streams whose signed results we await
         self._live: Counter[str] = Counter()  # open streams
-        self._content: set[str] = set()  # members that need nothing more from us
         self._takes: Counter[tuple[str, int]] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        state.on_change = self._changed.set
         part = state.own_part
         senders = [m for m in state.plan.members if m.sends] if part else []
         self._senders = {m.hotkey: Sender(PartInbox(state.plan, part, m)) for m in senders if part}
@@ -92,7 +94,9 @@ class Server:
             for block in reduce_part(state.plan, part, inboxes):
                 data += block
                 await asyncio.sleep(0)  # other streams go on between blocks
-        included = [m.hotkey in self._senders and self._senders[m.hotkey].status is Status.IN for m in state.plan.members]
+        included = [
+            m.hotkey in self._senders and self._senders[m.hotkey].status is Status.IN for m in state.plan.members
+        ]
         self._publish(part, bytes(data), included)
         for sender in self._senders.values():
             sender.inbox.discard()
@@ -125,13 +129,12 @@ class Server:
 
     async def _collect(self) -> None:
         """Until every sender is in or out, or the send deadline. A link that broke may come back for a while."""
-        state = self._state
-        while True:
-            awaited = [s for s in self._senders.values() if s.status in (Status.AWAITED, Status.SENDING)]
-            wake = state.send_deadline
-            if all(s.lost_at is not None for s in awaited):
-                wake = min(wake, max((s.lost_at or 0.0 for s in awaited), default=0.0) + RECONNECT_GRACE_S)
-            if not awaited or state.now() >= wake:
+        while awaited := [s for s in self._senders.values() if s.status in (Status.AWAITED, Status.SENDING)]:
+            wake = self._state.send_deadline
+            lost = [s.lost_at for s in awaited if s.lost_at is not None]
+            if len(lost) == len(awaited):
+                wake = min(wake, max(lost) + RECONNECT_GRACE_S)
+            if self._state.now() >= wake:
                 return
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -159,6 +162,10 @@ class Server:
 
     async def accept(self, stream: Stream) -> None:
         """The transport's acceptor: one stream from its first byte to its last."""
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         try:
             member = await self._greet(stream)
             if member is not None:
@@ -171,9 +178,7 @@ class Server:
         state, greeting = self._state, None
         try:
             async with asyncio.timeout_at(min(state.deadline, state.now() + HANDSHAKE_TIMEOUT_S)):
-                greeting = await greet(
-                    stream, state.plan, state.group_id, state.me, state.member.peer_id, self._nonces
-                )
+                greeting = await greet(stream, state.plan, state.group_id, state.me, state.member.peer_id, self._nonces)
                 asked = state.now()
                 await finish_greeting(stream, greeting, state.verify)
         except (TimeoutError, LinkLost) as exc:
@@ -230,18 +235,15 @@ class Server:
             if held is None:
                 return
             await self._send_result(stream, member, held)
-            confirm = await self._until(state.confirm_close, receive(stream, Confirm, max_bytes=MAX_CONFIRM_BYTES))
+            async with asyncio.timeout_at(state.confirm_close):
+                confirm = await receive(stream, Confirm, max_bytes=MAX_CONFIRM_BYTES)
             state.merge_confirm(confirm, member.hotkey)
-            self._content.add(member.hotkey)
+            state.content.add(member.hotkey)
         finally:
             self._unconfirmed[member.hotkey] -= 1
             self._changed.set()
         await self._all_confirmed()
         await stream.send(state.confirm().to_bytes())
-
-    @staticmethod
-    async def _until(when: float, message: asyncio.Future[Confirm] | object) -> Confirm:
-        raise NotImplementedError
 
     async def _take_vector(self, stream: Stream, member: Member, sender: Sender, part: Part) -> bool:
         """Whether the sender's vector for our part is in; tells it where not."""
@@ -254,12 +256,13 @@ class Server:
         link, began = state.ledger.links[member.hotkey], state.now()
         try:
             async with asyncio.timeout_at(state.send_deadline):
-                while not self._closed and inbox.next_block is not None:
+                while sender.status is Status.SENDING and inbox.next_block is not None:
                     block = await receive(stream, Block)
                     data = await stream.receive(inbox.check_header(block))
                     link.bytes_received += len(data)
-                    inbox.add(block, data)
-                    sender.most_chunks = max(sender.most_chunks, block.stop - part.start)
+                    if sender.status is Status.SENDING:  # not left out in the meantime
+                        inbox.add(block, data)
+                        sender.most_chunks = max(sender.most_chunks, block.stop - part.start)
         except TimeoutError:
             pass
         except LinkLost:
@@ -274,7 +277,7 @@ class Server:
             return False
         finally:
             link.seconds += state.now() - began
-        if self._closed or inbox.next_block is not None:
+        if sender.status is not Status.SENDING or inbox.next_block is not None:
             await _refuse(stream, Fault.LATE, "the send deadline has passed")
             return False
         sender.status = Status.IN
@@ -303,21 +306,36 @@ class Server:
         await stream.send(FetchReply(status="have").to_bytes())
         if request.take:
             await self._send_result(stream, member, held)
-            self._content.add(member.hotkey)
+            state.content.add(member.hotkey)
 
     # The end
 
     async def _all_confirmed(self) -> None:
         """Until every open stream has said which signed results it holds, so that what we answer has them all."""
-        await self._state.all_settled.wait()
-        await self._wait(lambda: not self._unconfirmed.total())
+        state = self._state
+        await self._wait(lambda: state.all_settled.is_set() and not self._unconfirmed.total(), state.confirm_close)
 
     async def drain(self) -> None:
-        """Until nobody needs us any more: open streams have ended, and whoever lost one had time to come back."""
-        state, linger_until = self._state, self._state.now() + LINGER_S
-        await self._wait(lambda: not self._live.total())
-        banned = {h for h, s in self._senders.items() if s.status is Status.OUT and s.lost_at is None}
-        raise NotImplementedError(state, linger_until, banned)
+        """Until nobody needs us any more: streams have ended, and whoever lost one had time to come back."""
+        state = self._state
+        linger = min(state.confirm_close, state.now() + LINGER_S)
+        await self._wait(lambda: not self._live.total(), state.confirm_close)
+        await self._wait(lambda: state.met <= state.content or self._live.total() > 0, linger)
+        await self._wait(lambda: not self._live.total(), state.confirm_close)
+
+    async def close(self) -> None:
+        """End every conversation."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.crash.cancel()
+
+    async def _wait(self, condition: Callable[[], bool], until: float) -> None:
+        while not condition() and self._state.now() < until:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._changed.wait()
 
 
 async def _refuse(stream: Stream, fault: Fault, detail: str) -> None:

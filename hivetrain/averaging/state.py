@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,9 +72,12 @@ class RoundState:
         self.ledger = Ledger({m.hotkey: Link() for m in plan.members if m.hotkey != me.hotkey})
         self.held: dict[int, Held] = {}
         self.disputed: set[int] = set()
-        self.pending = {part.index for part in self.parts if part.start < part.stop}
+        self.unsettled = {part.index for part in self.parts if part.start < part.stop}
+        self.pending = set(self.unsettled)  # of those, what we still expect from its reducer
         self.all_settled = asyncio.Event()
         self.met: set[str] = set()  # hotkeys that proved themselves on any stream
+        self.content: set[str] = set()  # of those, who needs nothing more from us
+        self.on_change: Callable[[], None] = lambda: None  # called when what somebody waits for may have come
         self.stalled_s = 0.0
         self._signed: dict[int, list[Result]] = {}
         self._vectors = {s.name: torch.zeros(s.num_elements) for s in plan.layout.sections}
@@ -136,9 +140,7 @@ class RoundState:
             stream = await self.transport.open(peer.peer_id, peer.maddrs, timeout_s)
             try:
                 opened = self.now()
-                await open_handshake(
-                    stream, self.plan, self.group_id, self.me, self.member.peer_id, peer, self.verify
-                )
+                await open_handshake(stream, self.plan, self.group_id, self.me, self.member.peer_id, peer, self.verify)
             except BaseException:
                 await stream.close()
                 raise
@@ -229,8 +231,10 @@ class RoundState:
     def settle(self, part: Part) -> None:
         """The part's mean is here, or will not come."""
         self.pending.discard(part.index)
-        if not self.pending:
+        self.unsettled.discard(part.index)
+        if not self.unsettled:
             self.all_settled.set()
+            self.on_change()
 
     def outcome(self) -> AllReduceOutcome:
         """Everything, at the end.

@@ -99,7 +99,7 @@ class HubStore:
 
     def _ours(self, manifest: Manifest) -> Ref | None:
         try:
-            published = self.resolve(manifest.epoch)
+            published = self._find(manifest.epoch)
         except IntegrityError as exc:
             raise HubConflict(f"epoch {manifest.epoch} is taken by something that is no manifest") from exc
         if published is not None and published.manifest.nonce != manifest.nonce:
@@ -128,32 +128,33 @@ class HubStore:
 
     def latest(self) -> Ref | None:
         """See `ModelStore.latest`."""
-        tags = self._tags()
-        return self._ref(max(tags), tags) if tags else None
+        return self._remote.retry(lambda: self._find(None))
 
     def resolve(self, epoch: int) -> Ref | None:
         """See `ModelStore.resolve`."""
-        tags = self._tags()
-        return self._ref(epoch, tags) if epoch in tags else None
+        return self._remote.retry(lambda: self._find(epoch))
 
     def epochs(self) -> list[int]:
         """See `ModelStore.epochs`."""
-        return sorted(self._tags())
+        return sorted(self._remote.retry(self._tags))
+
+    def _find(self, epoch: int | None) -> Ref | None:
+        """One epoch, or the newest, in one attempt."""
+        tags = self._tags()
+        if epoch is None:
+            epoch = max(tags, default=-1)
+        if epoch not in tags:
+            return None
+        return make_ref(epoch, tags[epoch], self._remote.read(tags[epoch], MANIFEST_NAME, MAX_MANIFEST_BYTES))
 
     def _tags(self) -> dict[int, str]:
-        """Epoch to commit."""
+        """Epoch to commit, in one attempt."""
         try:
-            tags = self._remote.retry(self._remote.tags)
+            tags = self._remote.tags()
         except HubNotFound:
             return {}
         pairs = ((parse_epoch_tag(name), commit) for name, commit in tags.items())
         return {epoch: commit for epoch, commit in pairs if epoch is not None}
-
-    def _ref(self, epoch: int, tags: Mapping[int, str]) -> Ref:
-        return make_ref(epoch, tags[epoch], self._manifest_bytes(tags[epoch]))
-
-    def _manifest_bytes(self, commit: str) -> bytes:
-        return self._remote.retry(lambda: self._remote.read(commit, MANIFEST_NAME, MAX_MANIFEST_BYTES))
 
     def fetch(self, ref: Ref, names: Iterable[str], dest: Path) -> dict[str, Path]:
         """See `ModelStore.fetch`."""
@@ -168,12 +169,13 @@ class HubStore:
     def read(self, ref: Ref, name: str) -> bytes:
         """See `ModelStore.read`."""
         if name == MANIFEST_NAME:
-            return verified_manifest(ref, self._manifest_bytes(ref.commit))
+            raw = self._remote.retry(lambda: self._remote.read(ref.commit, MANIFEST_NAME, MAX_MANIFEST_BYTES))
+            return verified_manifest(ref, raw)
         return self._remote.retry(lambda: b"".join(verified(ref, name, self._remote.stream(ref.commit, name))))
 
     def prune(self, keep: int) -> list[int]:
         """See `ModelStore.prune`. The production hub itself decides when it gives the space back."""
-        tags = self._tags()
+        tags = self._remote.retry(self._tags)
         dropped = epochs_to_drop(tags, keep)
         for epoch in dropped:
             self._drop_tag(epoch_tag(epoch))

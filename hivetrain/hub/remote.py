@@ -72,7 +72,10 @@ class RemoteRepo:
 
     def retry(self, action: Callable[[], T]) -> T:
         """Run ``action``, which must be safe to repeat, until it succeeds, four times at most."""
-        for attempt in stamina.retry_context(on=HubTransient, attempts=4, timeout=120, wait_initial=0.2, wait_max=5):
+        attempts = stamina.retry_context(
+            on=HubTransient, attempts=4, timeout=120, wait_initial=0.3, wait_max=5, wait_jitter=0.2
+        )
+        for attempt in attempts:
             with attempt:
                 return action()
         raise AssertionError("the last attempt raises")

@@ -233,7 +233,7 @@ class HubStorage:
             head = str(found[0])
             if not head.startswith(parent):
                 raise Refused(412, f"the head of {branch} is {head}, not {parent}: a commit has happened since")
-            resolved = self._resolve_changes(self._tree(db, repo, head), changes)
+            resolved = self._resolve_changes(db, repo, head, list(changes))
             sha = self._insert_commit(db, repo, head, title, message, resolved.values())
             db.execute("UPDATE refs SET sha = ? WHERE repo = ? AND kind = 'branch' AND name = ?", (sha, repo, branch))
         return sha
@@ -324,7 +324,11 @@ class HubStorage:
             if blob is not None
         }
 
-    def _resolve_changes(self, tree: dict[str, Entry], changes: Iterable[Change]) -> dict[str, Change]:
+    def _resolve_changes(
+        self, db: sqlite3.Connection, repo: int, head: str, changes: list[Change]
+    ) -> dict[str, Change]:
+        # Only deletions ask what is there: additions to a long history stay cheap.
+        tree = self._tree(db, repo, head) if any(change.entry is None for change in changes) else {}
         resolved: dict[str, Change] = {}
         for change in changes:
             if change.entry is not None:

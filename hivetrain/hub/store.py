@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Protocol
 
 from hivetrain.errors import HubError, IntegrityError
-from hivetrain.manifest import MANIFEST_NAME, FileEntry, Manifest, Ref, parse_manifest
+from hivetrain.manifest import MANIFEST_NAME, FileEntry, Manifest, Ref, epoch_tag, parse_manifest
 
 MAX_ARTEFACT_BYTES = 64 << 20
 
-_EPOCH_TAG = re.compile(r"epoch-(\d{6,9})")
+_EPOCH_TAG = re.compile(r"epoch-([0-9]{6,9})")
 
 
 class HubNotFound(HubError):
@@ -106,7 +106,8 @@ class ArtefactStore(Protocol):
 def parse_epoch_tag(tag: str) -> int | None:
     """The epoch that a tag publishes, or None for any other tag."""
     match = _EPOCH_TAG.fullmatch(tag)
-    return int(match[1]) if match else None
+    # Only the canonical spelling: "epoch-0000001" must not pass for a second epoch 1.
+    return int(match[1]) if match and epoch_tag(int(match[1])) == tag else None
 
 
 def make_ref(epoch: int, commit: str, raw_manifest: bytes) -> Ref:

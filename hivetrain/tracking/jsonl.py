@@ -77,15 +77,16 @@ class JsonlTracker:
         self._file = LineFile(path)
         self._info = info
         self._clock = clock
+        self._start_line: dict[str, object] | None = None
 
     def start(self) -> None:
-        self._write(
-            {
-                "run": {"project": self._info.project, "name": self._info.name, "group": self._info.group},
-                "config": {name: finite_or_none(value) for name, value in self._info.config.items()},
-                "pid": os.getpid(),
-            }
-        )
+        """Nothing is opened: the line of the start goes before the first record, so a full disk may recover."""
+        self._start_line = {
+            "time": self._clock(),
+            "run": {"project": self._info.project, "name": self._info.name, "group": self._info.group},
+            "config": {name: finite_or_none(value) for name, value in self._info.config.items()},
+            "pid": os.getpid(),
+        }
 
     def log(self, metrics: Mapping[str, Value], step: int) -> None:
         self._write({"step": step, "metrics": {name: finite_or_none(value) for name, value in metrics.items()}})
@@ -94,9 +95,16 @@ class JsonlTracker:
         self._write({"alert": {"title": title, "text": text, "level": level}})
 
     def finish(self) -> None:
+        self._write_start()
         self._file.close()
 
+    def _write_start(self) -> None:
+        if self._start_line is not None:
+            self._file.append(self._start_line)
+            self._start_line = None
+
     def _write(self, record: Mapping[str, object]) -> None:
+        self._write_start()
         self._file.append({"time": self._clock(), **record})
 
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
-from hivetrain.tracking.tracker import AlertLevel, Tracker, Value, plain
+from hivetrain.tracking.tracker import Abandonable, AlertLevel, Tracker, Value, plain
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class SafeTracker:
             with self._wake:
                 num_queued = len(self._queue)
             logger.warning("tracker %s did not finish in time; %d records are not saved", self.label, num_queued)
+            if isinstance(self._backend, Abandonable):
+                self._attempt("abandon", self._backend.abandon)
             return False
         if self.num_dropped:
             logger.warning("tracker %s dropped %d records in all", self.label, self.num_dropped)

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, SupportsFloat
+from typing import Literal, Protocol, SupportsFloat, runtime_checkable
 
 Value = float | int | str
 AlertLevel = Literal["info", "warn", "error"]
@@ -69,6 +69,15 @@ class Tracker(Protocol):
 
     def finish(self) -> None:
         """Write out what is pending and close. Nothing is logged afterwards."""
+        ...
+
+
+@runtime_checkable
+class Abandonable(Protocol):
+    """A tracker that holds something which would outlive a stuck thread and delay the process's exit."""
+
+    def abandon(self) -> None:
+        """Let go of it, from any thread, while `Tracker.start` or `Tracker.finish` hangs in another."""
         ...
 
 

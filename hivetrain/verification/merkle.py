@@ -65,7 +65,9 @@ class MerkleTree:
         return proof
 
 
-def verify_range(root: bytes, num_leaves: int, start: int, leaf_digests: Sequence[bytes], proof: Sequence[bytes]) -> bool:
+def verify_range(
+    root: bytes, num_leaves: int, start: int, leaf_digests: Sequence[bytes], proof: Sequence[bytes]
+) -> bool:
     """Whether ``leaf_digests`` are leaves ``start, start + 1, ...`` of the tree of ``num_leaves`` under ``root``.
 
     Never raises: a proof that is too short, too long or not made of digests is simply refused.

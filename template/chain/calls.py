@@ -95,7 +95,7 @@ def _neuron(state: State, netuid: int, hotkey: str, error: str = "HotKeyNotRegis
 
 
 def _burned_register(state: State, signer: str, params: dict[str, Any]) -> None:
-    register_neuron(state, int(params["netuid"]), str(params["hotkey"]), signer, state.pending())
+    register_neuron(state, int(params["netuid"]), str(params["hotkey"]), signer)
 
 
 def _serve_axon(state: State, signer: str, params: dict[str, Any]) -> None:
@@ -150,6 +150,8 @@ def _check_may_weigh(state: State, subnet: Subnet, neuron: NeuronRow, too_fast: 
             "NotEnoughStakeToSetWeights",
             f"{neuron.hotkey} has stake {stake:g}, the threshold is {rules.stake_threshold:g}",
         )
+    if not state.pending():
+        raise DispatchError(too_fast, "weights can be set from block 1 on")  # LastUpdate 0 means never
     since = state.pending() - neuron.last_update
     if rules.weights_rate_limit and neuron.last_update and since < rules.weights_rate_limit:
         raise DispatchError(too_fast, f"last set {since} blocks ago, the limit is {rules.weights_rate_limit}")

@@ -3,7 +3,8 @@
 WAL mode gives many readers beside one writer, and a transaction that a killed process left half done never
 happened. Blocks come from `produce_block` alone (`template.chain.producer` calls it by the clock); an extrinsic
 applies at once and belongs to the pending block, the one after the head, so its block number was fixed before
-that block's hash existed. Reads answer from the newest state: a past block's state is not kept.
+that block's hash existed. Until block 1 everything belongs to genesis, block 0. Reads answer from the newest
+state: a past block's state is not kept.
 """
 
 from __future__ import annotations
@@ -224,8 +225,6 @@ class LocalLedger:
     def register(self, hotkey: str, coldkey: str, *, netuid: int | None = None) -> int:
         """Register a hotkey as its coldkey's `burned_register` would, and return its uid. Idempotent.
 
-        At block 0 the registration belongs to the genesis block, so that round 0 has its miners.
-
         Raises:
             ChainError: everybody is immune, or the hotkey is another coldkey's.
         """
@@ -234,9 +233,8 @@ class LocalLedger:
             found = state.neuron(number, hotkey)
             if found is not None:
                 return found.uid
-            block = state.pending() if state.head() else 0
             try:
-                return register_neuron(state, number, hotkey, coldkey, block)
+                return register_neuron(state, number, hotkey, coldkey)
             except DispatchError as exc:
                 raise ChainError(f"cannot register {hotkey}: {exc.message}") from exc
 

@@ -7,7 +7,7 @@ from template.chain.faults import DispatchError
 from template.chain.state import NeuronRow, State
 
 
-def register_neuron(state: State, netuid: int, hotkey: str, coldkey: str, block: int) -> int:
+def register_neuron(state: State, netuid: int, hotkey: str, coldkey: str) -> int:
     """Append a neuron, or replace the least paid one outside its immunity, and return its uid.
 
     Args:
@@ -15,7 +15,6 @@ def register_neuron(state: State, netuid: int, hotkey: str, coldkey: str, block:
         netuid: the subnet.
         hotkey: who gets the uid.
         coldkey: its owner, the signer.
-        block: which the registration is recorded in.
 
     Raises:
         DispatchError: no such subnet, already registered, another coldkey's hotkey, or everybody is immune.
@@ -29,6 +28,7 @@ def register_neuron(state: State, netuid: int, hotkey: str, coldkey: str, block:
     if owner is not None and owner != coldkey:
         raise DispatchError("NonAssociatedColdKey", f"{hotkey} belongs to coldkey {owner}, not to {coldkey}")
 
+    block = state.pending()
     neurons = state.neurons(netuid)
     if len(neurons) < subnet.rules.max_uids:
         uid = len(neurons)

@@ -107,7 +107,7 @@ def _axon(neuron: NeuronRow) -> dict[str, Any]:
 
 def _axon_of(state: State, params: Sequence[Any], _block: int) -> Any:
     neuron = state.neuron(int(params[0]), str(params[1]))
-    return None if neuron is None or not neuron.served_at else _axon(neuron)
+    return None if neuron is None or not neuron.port else _axon(neuron)
 
 
 def _row(table: str) -> Callable[[State, Sequence[Any], int], Any]:
@@ -159,7 +159,7 @@ def _all_commitments(state: State, params: Sequence[Any]) -> list[tuple[Any, Any
 
 
 def _all_axons(state: State, params: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return [(neuron.hotkey, _axon(neuron)) for neuron in state.neurons(int(params[0])) if neuron.served_at]
+    return [(neuron.hotkey, _axon(neuron)) for neuron in state.neurons(int(params[0])) if neuron.port]
 
 
 def _weight_commits(state: State, params: Sequence[Any]) -> list[tuple[Any, Any]]:

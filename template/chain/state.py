@@ -155,8 +155,9 @@ class State:
         return int(self.scalar("SELECT MAX(number) FROM blocks"))
 
     def pending(self) -> int:
-        """Number of the block that extrinsics go into: the one after the head."""
-        return self.head() + 1
+        """Number of the block that extrinsics go into: the one after the head, or genesis until block 1 exists."""
+        head = self.head()
+        return head + 1 if head else 0
 
     def setting(self, name: str) -> str:
         """A setting's text, or an empty one."""

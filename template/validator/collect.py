@@ -71,7 +71,7 @@ def collect_receipts(
             break
     reached = set(collected.receipts) | {hotkey for hotkey in collected.refused if hotkey not in missing}
     if missing and not reached and len(missing) > 1:
-        # Not one of several miners could be reached: more likely it is our own line.
+        # Not one of several miners could be reached, or let us in: more likely it is our own line or clock.
         collected.ours.update(dict.fromkeys(missing, "no miner could be reached from here"))
     return collected
 

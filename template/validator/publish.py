@@ -88,6 +88,7 @@ def publish_epoch(
         faults=tuple(
             FaultEntry(hotkey=fault.hotkey, fault=fault.fault.value, detail=fault.detail[:500])
             for fault in outcome.faults[:MAX_FAULTS]
+            if fault.hotkey
         ),
         val_loss=val_loss,
         samples=int(sum(weights.values())),

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def command(*arguments: str, **environment: str) -> str:
 
 
 @functools.cache
-def wandb_records(folder: Path) -> list[dict[str, object]]:
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
     """The records of all offline runs, oldest run first, as ``wandb leet inspect`` reads them."""
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     return [
@@ -113,7 +114,7 @@ def read_loss(logged: Logged) -> Series:
         rows = trackio_rows(logged.folder, "select step, metrics from metrics order by id")
         pairs = [(row["step"], json.loads(str(row["metrics"]))["train/loss"]) for row in rows]
     else:
-        items = [r["history"]["item"] for r in wandb_records(logged.folder) if r["type"] == "history"]  # type: ignore[index]
+        items = [r["history"]["item"] for r in wandb_records(logged.folder) if r["type"] == "history"]
         pairs = [(item["step"], item["train/loss"]) for item in items]
     return [(int(str(step)), None if value == "NaN" else float(value)) for step, value in pairs]
 
@@ -133,6 +134,7 @@ def test_every_step_is_read_back_a_falling_step_and_nan_included(logged: Logged)
 
 
 def test_the_run_keeps_its_name_group_and_config(logged: Logged) -> None:
+    found: list[tuple[Any, Any, Any]]
     if logged.kind == "jsonl":
         starts = [record for record in read_jsonl(logged.folder / "miner-1.jsonl") if "run" in record]
         found = [(r["run"]["name"], r["run"]["group"], r["config"]) for r in starts]  # type: ignore[index]
@@ -144,7 +146,7 @@ def test_the_run_keeps_its_name_group_and_config(logged: Logged) -> None:
         found = [(row["run_name"], c["_Group"], c) for row, c in zip(rows, configs, strict=True)]
     else:
         runs = [r["run"] for r in wandb_records(logged.folder) if r["type"] == "run"]
-        found = [(r["display_name"], r["run_group"], r["config"]["update"]) for r in runs]  # type: ignore[index]
+        found = [(r["display_name"], r["run_group"], r["config"]["update"]) for r in runs]
     for name, group, config in found:
         assert (name, group) == ("miner-1", "run-0123")
         assert (config["role"], config["lr"]) == ("miner", 0.004)
@@ -157,7 +159,7 @@ def test_an_alert_is_read_back(logged: Logged) -> None:
         found = list(trackio_rows(logged.folder, "select title, text, level from alerts"))
     else:
         alerts = [r["alert"] for r in wandb_records(logged.folder) if r["type"] == "alert"]
-        found = [{"title": a["title"], "text": a["text"], "level": a["level"].lower()} for a in alerts]  # type: ignore[index]
+        found = [{"title": a["title"], "text": a["text"], "level": a["level"].lower()} for a in alerts]
     assert found == [{"title": "left out", "text": "miner-2 was late", "level": "warn"}] * 2
 
 

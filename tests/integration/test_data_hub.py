@@ -24,6 +24,9 @@ from hivetrain.hub.client import HubDataset, publish_dataset
 from hivetrain.hub.dataset import LocalDataset
 from hivetrain.run import Data
 
+# huggingface_hub sends commits through a spelling that its HTTP library calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
 REPO = "hivetrain/corpus"
 
 

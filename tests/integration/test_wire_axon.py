@@ -472,3 +472,37 @@ def test_a_hotkey_that_is_no_sr25519_key_is_refused_at_construction() -> None:
     key = type(VALIDATOR).create_from_uri("//Ed", crypto_type=0)
     with pytest.raises(ValueError, match="sr25519"):
         Axon(key, policy())
+
+
+def test_a_refusal_reaches_a_caller_that_is_still_sending_its_body() -> None:
+    async def scenario() -> None:
+        async with serving() as axon, connection(axon.port) as (reader, writer):
+            plan = bytes(900 << 10)
+            headers = signed(STRANGER, path="/AllReduce", body=plan) | {"Content-Length": str(len(plan))}
+            writer.write(head("/AllReduce", headers))
+            assert (await read_answer(reader)).status == 403
+            writer.write(plan)
+            await writer.drain()
+            assert await reader.read() == b""  # closed, not reset
+
+    asyncio.run(scenario())
+
+
+def test_closing_ends_a_handler_in_progress_without_an_error_in_the_log(caplog) -> None:
+    entered = asyncio.Event()
+
+    async def hangs(_: Train, __: Caller) -> Message:
+        entered.set()
+        await asyncio.Event().wait()
+        return TRAIN_REPLY
+
+    async def scenario() -> None:
+        async with serving(AxonSettings(close_grace_s=0.1), hangs) as axon, Dendrite(VALIDATOR) as dendrite:
+            call = asyncio.create_task(dendrite.call(address(axon), TRAIN, attempts=1))
+            await entered.wait()
+            await axon.close()
+            assert (await call).failure is Failure.UNREACHABLE
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert caplog.text == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hivetrain.tracking import RunInfo, SafeTracker, Trackers, make_tracker, read_series
+from hivetrain.tracking import JsonlTracker, RunInfo, SafeTracker, Trackers, make_tracker, read_jsonl, read_series
 from hivetrain.tracking.factory import TrackerKind
 from hivetrain.tracking.tracker import AlertLevel, Value
 
@@ -18,7 +19,7 @@ from hivetrain.tracking.tracker import AlertLevel, Value
 class Recorder:
     """Keeps what it is given; each method first runs ``before`` of its name."""
 
-    def __init__(self, **before: Callable[[], None]) -> None:
+    def __init__(self, **before: Callable[[], object]) -> None:
         self.logged: list[tuple[dict[str, Value], int]] = []
         self.alerts: list[str] = []
         self.finished = False
@@ -138,6 +139,20 @@ def test_a_stuck_backend_neither_holds_up_log_nor_finish_and_the_oldest_go(caplo
     assert [step for _, step in backend.logged] == [0, 5, 6, 7]
 
 
+def test_a_backend_that_hangs_in_finish_is_told_to_let_go() -> None:
+    stuck = threading.Event()
+
+    class Holder(Recorder):
+        def abandon(self) -> None:
+            stuck.set()
+
+    backend = Holder(finish=stuck.wait)
+    tracker = SafeTracker(backend, label="x", finish_timeout_s=0.05)
+    tracker.start()
+    tracker.finish()
+    wait_until(lambda: backend.finished)
+
+
 def test_nothing_is_taken_after_finish() -> None:
     backend = Recorder()
     tracker = SafeTracker(backend, label="x")
@@ -179,9 +194,37 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_per_backend(
     for step in range(50):
         tracker.log({"train/loss": 1.0}, step)
     tracker.finish()
-    labels = ["jsonl"] if kind == "none" else ["jsonl", kind]
-    assert sorted(w.split()[1] for w in warnings_of(caplog) if "failed to start" in w) == sorted(labels)
-    assert all(t.num_dropped == 50 for t in tracker.trackers)
+    expected = {"jsonl: failed to log"} if kind == "none" else {"jsonl: failed to log", f"{kind}: failed to start"}
+    logged = [w for w in warnings_of(caplog) if "failed to finish" not in w and "dropped 50" not in w]
+    assert {re.sub(r"tracker (\w+) (failed to \w+):.*", r"\1: \2", w, flags=re.DOTALL) for w in logged} == expected
+    assert len(logged) == len(expected)
+    jsonl, *others = tracker.trackers
+    assert max(jsonl.failures.values()) == 50
+    assert all(other.num_dropped == 50 for other in others)
+
+
+def test_a_full_disk_costs_one_warning_and_json_lines_go_on_when_there_is_space_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    path = tmp_path / "m.jsonl"
+    path.symlink_to("/dev/full")
+    backend = JsonlTracker(path, RunInfo(project="p", name="n", group="g"))
+    tracker = SafeTracker(backend, label="jsonl")
+    tracker.start()
+    for step in range(10):
+        tracker.log({"loss": 1.0}, step)
+    wait_until(lambda: sum(tracker.failures.values()) == 10)
+    (warning,) = warnings_of(caplog)
+    assert "No space left on device" in warning
+    path.unlink()
+    path.touch()
+    backend._file.close()  # what was opened is the full device; a real disk keeps its file
+    tracker.log({"loss": 1.0}, 10)
+    tracker.finish()
+    assert ["run" in record for record in read_jsonl(path)] == [True, False]
+    assert read_series(path, "loss") == [(10, 1.0)]
 
 
 def test_json_lines_are_written_whatever_the_kind(tmp_path: Path) -> None:

@@ -1,0 +1,302 @@
+"""Hivemind's peer-to-peer layer: its DHT for discovery, its libp2p daemon for identity, encryption and reach.
+
+The only module that imports hivemind, and lazily: the import takes seconds. Everything runs inside the caller's event
+loop, with no process of hivemind's own but the libp2p daemon. The daemon ends with us however we end, `kill -9`
+included: it exits when the connection over which it is controlled closes.
+
+What the DHT returns was written by strangers and is not authenticated: sign what you store, verify what you get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.transport import FRAME_LENGTH_BYTES, MAX_FRAME_BYTES, Acceptor, LinkLost, Stream
+from hivetrain.errors import ConfigError, Fault, PeerFault, ServiceError
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "/hivetrain/all-reduce/1"
+STARTUP_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
+DHT_TIMEOUT_S = 15.0
+MAX_VALUE_BYTES = 16 << 10
+MAX_VALUES = 1024
+READ_BUFFER_BYTES = 1 << 20
+
+
+class SwarmStream:
+    """A libp2p stream: frames of a 4-byte big-endian length and that many bytes."""
+
+    def __init__(self, remote_peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._remote_peer_id = remote_peer_id
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def remote_peer_id(self) -> str:
+        return self._remote_peer_id
+
+    async def send(self, frame: Bytes) -> None:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+        try:
+            self._writer.write(len(frame).to_bytes(FRAME_LENGTH_BYTES, "big"))
+            self._writer.write(frame)
+            await self._writer.drain()
+        except (ConnectionError, OSError, RuntimeError) as exc:  # RuntimeError: the transport is closing
+            raise LinkLost(f"the stream to {self._remote_peer_id} ended while we sent: {exc}") from exc
+
+    async def receive(self, max_bytes: int) -> bytes:
+        try:
+            size = int.from_bytes(await self._reader.readexactly(FRAME_LENGTH_BYTES), "big")
+            if size > min(max_bytes, MAX_FRAME_BYTES):
+                raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
+            return await self._reader.readexactly(size)
+        except (asyncio.IncompleteReadError, ConnectionError, OSError) as exc:
+            raise LinkLost(f"the stream to {self._remote_peer_id} ended: {exc}") from exc
+
+    async def close(self) -> None:
+        with contextlib.suppress(Exception):  # it is over, however it ends
+            self._writer.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._writer.wait_closed()
+
+
+class Swarm:
+    """One node of the swarm: a DHT node and a `Transport`.
+
+    Args:
+        initial_peers: multiaddresses, with ``/p2p/ID``, of nodes to join through; empty: we are the first.
+        host_maddrs: where to listen.
+        announce_maddrs: what to tell others, where that differs from ``host_maddrs`` (behind a NAT).
+        identity_path: file of our libp2p key; created if missing. None: a new peer id at every start.
+        client_mode: answer no DHT queries (behind a NAT that cannot be reached).
+    """
+
+    def __init__(
+        self,
+        initial_peers: Sequence[str],
+        host_maddrs: Sequence[str],
+        announce_maddrs: Sequence[str] | None = None,
+        identity_path: str | Path | None = None,
+        client_mode: bool = False,
+    ) -> None:
+        self._initial_peers = list(initial_peers)
+        self._host_maddrs = list(host_maddrs)
+        self._announce_maddrs = list(announce_maddrs) if announce_maddrs else None
+        self._identity_path = str(identity_path) if identity_path is not None else None
+        self._client_mode = client_mode
+        self._acceptor: Acceptor | None = None
+        self._answering: set[asyncio.Task[None]] = set()
+        self._p2p: Any = None
+        self._node: Any = None
+        self._maddrs: list[str] = []
+
+    @property
+    def peer_id(self) -> str:
+        """Our libp2p peer id, base58."""
+        return str(self._running().peer_id.to_base58())
+
+    @property
+    def alive(self) -> bool:
+        """Whether our libp2p daemon runs."""
+        return self._p2p is not None and self._p2p._child is not None and self._p2p._child.returncode is None
+
+    def visible_maddrs(self) -> list[str]:
+        """Multiaddresses, with ``/p2p/ID``, at which others can reach us."""
+        self._running()
+        return list(self._maddrs)
+
+    async def start(self) -> None:
+        """Start the daemon, join the DHT, and accept streams.
+
+        Raises:
+            ConfigError: an address or the identity file cannot work.
+            ServiceError: the daemon did not start, or none of the initial peers answered; names them.
+        """
+        if self._p2p is not None:
+            raise ValueError("this swarm has been started already")
+        hivemind = await asyncio.to_thread(_import_hivemind)
+        for maddr in (*self._initial_peers, *self._host_maddrs, *(self._announce_maddrs or ())):
+            _require_maddr(hivemind, maddr)
+        if missing := [maddr for maddr in self._initial_peers if "/p2p/" not in maddr]:
+            raise ConfigError(f"initial peer {missing[0]!r} must end in /p2p/ and the peer's id")
+        try:
+            await self._start(hivemind)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self, hivemind: Any) -> None:
+        began = time.monotonic()
+        try:
+            self._p2p = await hivemind.P2P.create(
+                initial_peers=self._initial_peers,
+                host_maddrs=self._host_maddrs,
+                announce_maddrs=self._announce_maddrs,
+                identity_path=self._identity_path,
+                dht_mode="client" if self._client_mode else "server",
+                startup_timeout=STARTUP_TIMEOUT_S,
+                # The check starts a second daemon, and a node that was killed would find its own ghost.
+                check_if_identity_free=False,
+            )
+            self._node = await hivemind.DHTNode.create(
+                p2p=self._p2p, initial_peers=self._initial_peers, client_mode=self._client_mode
+            )
+            await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
+            self._maddrs = [str(maddr) for maddr in await self._p2p.get_visible_maddrs()]
+        except (FileNotFoundError, PermissionError) as exc:
+            raise ConfigError(f"the identity file {self._identity_path} cannot be used: {exc}") from exc
+        except (hivemind.P2PDaemonError, RuntimeError, OSError, ValueError, TimeoutError) as exc:
+            where = f" through {', '.join(self._initial_peers)}" if self._initial_peers else ""
+            raise ServiceError(
+                f"cannot join the swarm{where}: {exc}. Is one of these peers up and reachable from here, "
+                f"and is {', '.join(self._host_maddrs)} free to listen on?"
+            ) from exc
+        logger.info("swarm: peer_id=%s seconds=%.2f maddrs=%s", self.peer_id, time.monotonic() - began, self._maddrs)
+
+    async def close(self) -> None:
+        """Leave the swarm and end the daemon."""
+        p2p, node, self._p2p, self._node = self._p2p, self._node, None, None
+        for task in self._answering:
+            task.cancel()
+        await asyncio.gather(*self._answering, return_exceptions=True)
+        if p2p is None:
+            return
+        child = p2p._child
+        for step in ((node.shutdown,) if node is not None else ()) + (p2p.shutdown,):
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await step()
+            except Exception as exc:  # what is left is ended below, whatever went wrong here
+                logger.debug("swarm: %s while closing: %r", step, exc)
+        if child is not None and child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+    def set_acceptor(self, acceptor: Acceptor | None) -> None:
+        if acceptor is not None and self._acceptor is not None:
+            raise ValueError("this swarm already has an acceptor: one all-reduce at a time")
+        self._acceptor = acceptor
+
+    async def open(self, peer_id: str, maddrs: Sequence[str], timeout_s: float) -> Stream:
+        p2p = self._running()
+        hivemind = _import_hivemind()
+        try:
+            async with asyncio.timeout(timeout_s):
+                peer = hivemind.PeerID.from_base58(peer_id)
+                await p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
+                info, reader, writer = await p2p.call_binary_stream_handler(peer, PROTOCOL)
+        except Exception as exc:  # addresses are a stranger's: whatever they make the client raise, it is not reached
+            if not self.alive:
+                raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
+            raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
+        return SwarmStream(info.peer_id.to_base58(), _widen(reader), writer)
+
+    async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = SwarmStream(info.peer_id.to_base58(), _widen(reader), writer)
+        task = asyncio.current_task()
+        if self._acceptor is None or task is None:
+            await stream.close()
+            return
+        self._answering.add(task)
+        try:
+            await self._acceptor(stream)
+        except Exception:  # the boundary: one stream must not end the node
+            logger.exception("swarm: a stream of %s failed", stream.remote_peer_id)
+        finally:
+            self._answering.discard(task)
+            await stream.close()
+
+    async def store(self, key: str, subkey: str, value: bytes, expires_in_s: float) -> bool:
+        """Store ``value`` under ``key`` and ``subkey`` for so long. Returns whether a node took it.
+
+        Raises:
+            ServiceError: the DHT did not answer.
+        """
+        if len(value) > MAX_VALUE_BYTES:
+            raise ValueError(f"a value has at most {MAX_VALUE_BYTES} bytes, got {len(value)}")
+        self._running()
+        try:
+            async with asyncio.timeout(DHT_TIMEOUT_S):
+                expires = _import_hivemind().get_dht_time() + expires_in_s
+                return bool(await self._node.store(key, value, expires, subkey=subkey))
+        except Exception as exc:  # hivemind documents none of what its DHT raises
+            raise ServiceError(f"the DHT did not store {key!r}: {exc!r}") from exc
+
+    async def get(self, key: str) -> dict[str, bytes]:
+        """Every unexpired value under ``key``, by subkey; those too large or of another type are left out.
+
+        Raises:
+            ServiceError: the DHT did not answer.
+        """
+        self._running()
+        try:
+            async with asyncio.timeout(DHT_TIMEOUT_S):
+                found = await self._node.get(key, latest=True)
+        except Exception as exc:  # see store
+            raise ServiceError(f"the DHT did not answer for {key!r}: {exc!r}") from exc
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        values: dict[str, bytes] = {}
+        for subkey, entry in found.value.items():
+            value = getattr(entry, "value", None)
+            if not isinstance(subkey, str) or not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
+                continue
+            if len(values) < MAX_VALUES:
+                values[subkey] = value
+        return values
+
+    def _running(self) -> Any:
+        if self._p2p is None:
+            raise ServiceError("the swarm is not running: start() it first")
+        return self._p2p
+
+
+class _Hivemind:
+    """The names of hivemind that we use."""
+
+    def __init__(self) -> None:
+        from hivemind.dht.node import DHTNode
+        from hivemind.p2p import P2P, P2PDaemonError, PeerID
+        from hivemind.utils import get_dht_time
+        from hivemind.utils.multiaddr import Multiaddr
+
+        self.DHTNode, self.P2P, self.PeerID, self.Multiaddr = DHTNode, P2P, PeerID, Multiaddr
+        self.P2PDaemonError, self.get_dht_time = P2PDaemonError, get_dht_time
+
+
+_hivemind: _Hivemind | None = None
+
+
+def _import_hivemind() -> Any:
+    global _hivemind
+    if _hivemind is None:
+        _hivemind = _Hivemind()
+    return _hivemind
+
+
+def _require_maddr(hivemind: Any, maddr: str) -> None:
+    try:
+        hivemind.Multiaddr(maddr)
+    except Exception as exc:  # of several unrelated types
+        raise ConfigError(f"{maddr!r} is not a multiaddress such as /ip4/127.0.0.1/tcp/4001: {exc}") from exc
+
+
+def _without_peer(maddr: str) -> str:
+    return maddr.split("/p2p/")[0]
+
+
+def _widen(reader: asyncio.StreamReader) -> asyncio.StreamReader:
+    """Let the reader buffer whole frames: at asyncio's 64 KiB, a frame of 1 MiB pauses the socket sixteen times."""
+    reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
+    return reader

@@ -1,0 +1,178 @@
+"""A group in memory and in virtual time: real keys, real messages, scripted links."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from torch import Tensor
+
+from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
+from hivetrain.averaging.group import GroupPlan, Member
+from hivetrain.averaging.layout import PayloadLayout, Section
+from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
+from hivetrain.errors import ServiceError
+from hivetrain.verification.merkle import MerkleTree
+
+SIZES = {"delta": 3 * 4096 + 100, "exp_avg": 2 * 4096, "exp_avg_sq": 2 * 4096 + 7}
+
+
+class Key:
+    """An Ed25519 identity; the hotkey is its public key in hex."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(seed.to_bytes(32, "big"))
+        self.hotkey = self._key.public_key().public_bytes_raw().hex()
+
+    def sign(self, message: bytes) -> bytes:
+        return self._key.sign(message)
+
+
+def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def make_layout(codec: str = "fp32", scale: int = 1) -> PayloadLayout:
+    return PayloadLayout(
+        [Section(name=name, num_elements=size * scale, codec=codec) for name, size in SIZES.items()]
+    )
+
+
+def random_vectors(seed: int, layout: PayloadLayout) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randn(s.num_elements, generator=generator) for s in layout.sections}
+
+
+@dataclass
+class World:
+    """``num_senders`` members of weight 3, 5, 7, ... that all reduce, then ``num_validators`` of weight 0."""
+
+    num_senders: int = 3
+    num_validators: int = 0
+    codec: str = "fp32"
+    send_deadline_s: float = 20.0
+    deadline_s: float = 60.0
+    max_abs: float = 1e3
+    scale: int = 1
+    reducers: Sequence[int] | None = None
+    vectors: list[dict[str, Tensor]] = field(default_factory=list)
+    roots: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layout = make_layout(self.codec, self.scale)
+        self.hub = MemoryHub()
+        self.keys = [Key(i + 1) for i in range(self.num_senders + self.num_validators)]
+        if not self.vectors:
+            self.vectors = [random_vectors(i, self.layout) for i in range(self.num_senders)]
+        self.payloads: list[bytes | None] = [self.layout.encode(v, seed=0) for v in self.vectors]
+        self.payloads += [None] * self.num_validators
+        self.plan = GroupPlan(
+            run_id="r" * 64,
+            round=4,
+            attempt=0,
+            members=tuple(self._member(i) for i in range(len(self.keys))),
+            layout=self.layout,
+            send_deadline_s=self.send_deadline_s,
+            deadline_s=self.deadline_s,
+            max_abs=self.max_abs,
+        )
+
+    def _member(self, index: int) -> Member:
+        payload = self.payloads[index]
+        root = MerkleTree(self.layout.chunk_digests(payload)).root if payload is not None else None
+        return Member(
+            hotkey=self.keys[index].hotkey,
+            peer_id=self.peer(index),
+            maddrs=(),
+            weight=0.0 if payload is None else 3.0 + 2 * index,
+            reduces=self.reducers is None or index in self.reducers,
+            root=self.roots.get(index, root),
+        )
+
+    @staticmethod
+    def peer(index: int) -> str:
+        return f"peer-{index}"
+
+    def hotkey(self, index: int) -> str:
+        return self.keys[index].hotkey
+
+    def mean(self, senders: Sequence[int]) -> dict[str, Tensor]:
+        """The definition, in plain torch: in order, multiply, add, divide, then what the codec keeps of it."""
+        total = sum(torch.tensor(self.plan.members[i].weight) for i in senders)
+        means = {}
+        for section in self.layout.sections:
+            acc = torch.zeros(section.num_elements)
+            for i in senders:
+                sent = self.vectors[i][section.name]
+                if self.codec == "fp16":
+                    sent = sent.half().float()
+                acc = acc + sent * self.plan.members[i].weight
+            mean = acc / total
+            means[section.name] = mean.half().float() if self.codec == "fp16" else mean
+        return means
+
+    def run(
+        self,
+        only: Sequence[int] | None = None,
+        script: Callable[[World, dict[int, asyncio.Task[AllReduceOutcome]]], object] | None = None,
+        may_fail: Sequence[int] = (),
+    ) -> dict[int, AllReduceOutcome]:
+        """Everyone's outcome (those in ``only``); one that ``script`` cancels, or of ``may_fail`` that fails, has none."""
+        members = range(len(self.keys)) if only is None else only
+
+        async def main() -> dict[int, AllReduceOutcome]:
+            transports = {i: self.hub.transport(self.peer(i)) for i in members}
+            for transport in transports.values():
+                await transport.start()
+            tasks = {i: asyncio.create_task(self.member_round(i, transports[i])) for i in members}
+            running = asyncio.ensure_future(script(self, tasks)) if script else None  # type: ignore[arg-type]
+            done = await asyncio.gather(*tasks.values(), return_exceptions=True)
+            elapsed = asyncio.get_running_loop().time()
+            assert elapsed <= self.deadline_s + 0.01, f"took {elapsed:.2f} s"
+            if running is not None:
+                running.cancel()
+            for transport in transports.values():
+                await transport.close()
+            for index, result in zip(tasks, done, strict=True):
+                expected = asyncio.CancelledError | ServiceError if index in may_fail else asyncio.CancelledError
+                if isinstance(result, BaseException) and not isinstance(result, expected):
+                    raise result
+            return {i: r for i, r in zip(tasks, done, strict=True) if isinstance(r, AllReduceOutcome)}
+
+        return run_in_virtual_time(main())
+
+    async def member_round(self, index: int, transport: MemoryTransport) -> AllReduceOutcome:
+        try:
+            return await all_reduce(self.plan, self.keys[index], self.payloads[index], transport, verify)
+        except asyncio.CancelledError:
+            await transport.close()  # a killed process takes its streams with it
+            raise
+
+
+def assert_same_bits(outcomes: dict[int, AllReduceOutcome]) -> None:
+    first = next(iter(outcomes.values()))
+    for outcome in outcomes.values():
+        assert outcome.mean_sha256 == first.mean_sha256
+        for name, vector in first.vectors.items():
+            assert torch.equal(outcome.vectors[name].view(torch.int32), vector.view(torch.int32))
+
+
+def assert_mean(world: World, outcomes: dict[int, AllReduceOutcome], senders: Sequence[int]) -> None:
+    expected = world.mean(senders)
+    for outcome in outcomes.values():
+        assert outcome.complete
+        for name, vector in expected.items():
+            assert torch.equal(outcome.vectors[name], vector)
+
+
+def blamed(outcome: AllReduceOutcome) -> set[tuple[str, str]]:
+    """Whom one node blames for what."""
+    return {(record.hotkey, record.fault.value) for record in outcome.faults}

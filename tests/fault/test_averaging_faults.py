@@ -1,0 +1,501 @@
+"""Who fails in an all-reduce, how and when; what the others hold then, and who gets the blame."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import msgpack
+import pytest
+import torch
+from averaging_world import World, assert_mean, assert_same_bits, blamed, verify
+
+from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
+from hivetrain.averaging.memory import MemoryHub, VirtualTimeLoop, run_in_virtual_time
+from hivetrain.averaging.messages import Result, result_message
+from hivetrain.averaging.outcome import proves_two_averages
+from hivetrain.errors import ServiceError
+
+BAD = 2  # the member that misbehaves, of senders 0, 1, 2 and validator 3
+HONEST = (0, 1, 3)
+DATA_FRAME = 4  # opener to acceptor: hello, hello_confirm, contribution, block, data, ...
+
+Tasks = dict[int, "asyncio.Task[AllReduceOutcome]"]
+
+
+def make_world(**changes: object) -> World:
+    return World(num_senders=3, num_validators=1, **changes)  # type: ignore[arg-type]
+
+
+def rewrite_all(world: World, rewrite: Callable[[int, bytes], bytes]) -> None:
+    """Everything that the bad member sends to anyone passes through ``rewrite``."""
+    for i in HONEST:
+        world.hub.script(world.peer(BAD), world.peer(i)).rewrite = rewrite
+
+
+def honest(outcomes: dict[int, AllReduceOutcome]) -> dict[int, AllReduceOutcome]:
+    return {i: outcomes[i] for i in HONEST}
+
+
+def assert_only_bad_is_blamed(world: World, outcomes: dict[int, AllReduceOutcome], *faults: str) -> None:
+    for i in HONEST:
+        assert {hotkey for hotkey, _ in blamed(outcomes[i])} <= {world.hotkey(BAD)}
+    assert {fault for i in HONEST for _, fault in blamed(outcomes[i])} == set(faults)
+
+
+def assert_left_out(world: World, outcomes: dict[int, AllReduceOutcome], *faults: str) -> None:
+    """The honest hold the mean of 0 and 1 for every part that an honest member reduces."""
+    expected = world.mean([0, 1])
+    bad_part = next(p for p in world.plan.parts() if p.reducer.hotkey == world.hotkey(BAD))
+    assert_same_bits(honest(outcomes))
+    for i in HONEST:
+        assert set(outcomes[i].missing_parts) <= {bad_part.index}
+        for part in world.plan.parts():
+            if part.index in outcomes[i].missing_parts or part.index == bad_part.index:
+                continue
+            for span in world.layout.spans(part.start, part.stop):
+                mine = outcomes[i].vectors[span.section.name][span.start : span.stop]
+                assert torch.equal(mine, expected[span.section.name][span.start : span.stop])
+    assert_only_bad_is_blamed(world, outcomes, *faults)
+
+
+def test_absent_sender_is_left_out_of_the_mean_and_its_part_is_missing() -> None:
+    world = make_world()
+    outcomes = world.run(only=HONEST)
+    assert_left_out(world, outcomes, "absent")
+    for i in HONEST:
+        assert outcomes[i].missing_parts == (BAD,)
+        assert not outcomes[i].complete
+        assert outcomes[i].included == {world.hotkey(0): 1.0, world.hotkey(1): 1.0, world.hotkey(2): 0.0}
+        part = world.plan.parts()[BAD]
+        for span in world.layout.spans(part.start, part.stop):
+            assert not outcomes[i].vectors[span.section.name][span.start : span.stop].any()
+
+
+def test_absent_sender_that_reduces_nothing_leaves_the_mean_complete() -> None:
+    world = make_world(reducers=[0, 3])
+    outcomes = world.run(only=HONEST)
+    assert_mean(world, outcomes, [0, 1])
+    assert_same_bits(outcomes)
+    assert blamed(outcomes[0]) == blamed(outcomes[3]) == {(world.hotkey(BAD), "absent")}
+    assert blamed(outcomes[1]) == set()
+    assert all(outcome.seconds <= 1 + world.send_deadline_s for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize("frame", [0, 1, 2, 3, 4, 5, 6])
+def test_member_whose_links_break_before_it_has_sent_is_left_out(frame: int) -> None:
+    world = make_world(scale=40)  # two blocks to a part: hello, confirm, contribution, 2 x (block, data), signed results
+    for i in HONEST:
+        world.hub.script(world.peer(BAD), world.peer(i)).drop_after = frame
+        world.hub.script(world.peer(i), world.peer(BAD)).drop_after = 1
+    outcomes = world.run(may_fail=[BAD])
+    assert_left_out(world, outcomes, "absent")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0])
+def test_member_killed_at_any_moment_leaves_the_others_with_equal_bits(seconds: float) -> None:
+    world = make_world()
+    for i in range(4):
+        for j in range(4):
+            if i != j:
+                world.hub.script(world.peer(i), world.peer(j)).delay_s = 0.5
+
+    async def kill(_: World, tasks: Tasks) -> None:
+        await asyncio.sleep(seconds)
+        tasks[BAD].cancel()
+
+    outcomes = world.run(script=kill)
+    survivors = honest(outcomes)
+    assert_same_bits(survivors)
+    for outcome in survivors.values():
+        assert {hotkey for hotkey, _ in blamed(outcome)} <= {world.hotkey(BAD)}
+        assert outcome.included[world.hotkey(0)] == outcome.included[world.hotkey(1)] == 1.0
+        assert set(outcome.missing_parts) <= {BAD}
+
+
+def test_member_killed_after_sending_stays_in_the_mean() -> None:
+    world = make_world(reducers=[0, 1, 3])
+    killed = asyncio.Event()
+
+    def kill_at_its_notes(index: int, frame: bytes) -> bytes:
+        if index == 5:
+            killed.set()
+        return frame
+
+    rewrite_all(world, kill_at_its_notes)
+
+    async def kill(_: World, tasks: Tasks) -> None:
+        await killed.wait()
+        tasks[BAD].cancel()
+
+    outcomes = world.run(script=kill)
+    assert_mean(world, honest(outcomes), [0, 1, 2])
+    assert_only_bad_is_blamed(world, outcomes)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 2, 3, 4, 5])
+def test_stalled_member_costs_at_most_the_deadline(frame: int) -> None:
+    world = make_world()
+    for i in HONEST:
+        world.hub.script(world.peer(BAD), world.peer(i)).stall_after = frame
+        world.hub.script(world.peer(i), world.peer(BAD)).stall_after = 2
+    outcomes = world.run(may_fail=[BAD])
+    if frame < 5:
+        assert_left_out(world, outcomes, *(["absent"] if frame < 3 else ["absent", "late"]))
+    else:
+        assert_only_bad_is_blamed(world, outcomes, "absent")
+
+
+def test_late_sender_is_left_out_but_gets_the_mean() -> None:
+    world = make_world(reducers=[0, 3], scale=40)
+    for i in (0, 3):
+        world.hub.script(world.peer(BAD), world.peer(i)).delay_s = 4.0
+    outcomes = world.run()
+    assert_mean(world, outcomes, [0, 1])
+    assert_same_bits(outcomes)
+    assert blamed(outcomes[0]) == blamed(outcomes[3]) == {(world.hotkey(BAD), "late")}
+    assert outcomes[BAD].faults == (), "a slow member does not blame its reducers"
+
+
+def test_sender_whose_link_breaks_once_comes_back() -> None:
+    world = make_world()
+    script = world.hub.script(world.peer(BAD), world.peer(0))
+    script.drop_after = 4
+
+    async def heal(_: World, tasks: Tasks) -> None:
+        await asyncio.sleep(0.04)
+        script.drop_after = None
+
+    outcomes = world.run(script=heal)
+    assert_mean(world, outcomes, [0, 1, 2])
+    assert all(outcome.faults == () for outcome in outcomes.values())
+
+
+def change_data(change: Callable[[bytes], bytes]) -> Callable[[int, bytes], bytes]:
+    return lambda index, frame: change(frame) if index == DATA_FRAME and len(frame) > 2000 else frame
+
+
+def change_message(kind: str, changes: dict[str, object]) -> Callable[[int, bytes], bytes]:
+    def rewrite(index: int, frame: bytes) -> bytes:
+        if len(frame) > 2000 or b"\xa4kind" + msgpack.packb(kind) not in frame:
+            return frame
+        return msgpack.packb({**msgpack.unpackb(frame), **changes})
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: b"", "truncated"),
+        (lambda data: data + b"\0", "oversized"),
+        (lambda data: bytes([data[0] ^ 1]) + data[1:], "not_committed"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 0x80]), "not_committed"),
+    ],
+)
+def test_bytes_that_are_not_the_committed_ones_count_as_not_sent(change: Callable[[bytes], bytes], fault: str) -> None:
+    world = make_world(reducers=[0, 1, 3])
+    rewrite_all(world, change_data(change))
+    outcomes = world.run()
+    assert_mean(world, outcomes, [0, 1])
+    assert_same_bits(outcomes)
+    assert_only_bad_is_blamed(world, outcomes, fault)
+    assert all(o.seconds < 5 < world.send_deadline_s for o in outcomes.values()), "a faulty sender costs no deadline"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [
+        ("proof", [bytes(32)], "not_committed"),
+        ("proof", [], "not_committed"),
+        ("proof", [b"short"], "malformed"),
+        ("stop", 10**6, "malformed"),
+        ("start", -1, "malformed"),
+        ("kind", "wat", "malformed"),
+        ("weight", 1e6, "malformed"),
+    ],
+)
+def test_wrong_block_headers_count_as_not_sent(field: str, value: object, fault: str) -> None:
+    world = make_world(reducers=[0, 1, 3])
+    rewrite_all(world, change_message("block", {field: value}))
+    outcomes = world.run()
+    assert_mean(world, outcomes, [0, 1])
+    assert_only_bad_is_blamed(world, outcomes, fault)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"num_chunks": 10**6}, "wrong_schema"),
+        ({"num_chunks": 0}, "wrong_schema"),
+        ({"part": 77}, "malformed"),
+        ({"weight": 1e6}, "malformed"),
+    ],
+)
+def test_wrong_contribution_headers_count_as_not_sent(changes: dict[str, object], fault: str) -> None:
+    world = make_world(reducers=[0, 3], send_deadline_s=5.0)
+    rewrite_all(world, change_message("contribution", changes))
+    outcomes = world.run()
+    assert_mean(world, honest(outcomes), [0, 1])
+    assert {hotkey for i in HONEST for hotkey, _ in blamed(outcomes[i])} == {world.hotkey(BAD)}
+    assert (world.hotkey(BAD), fault) in blamed(outcomes[0])
+
+
+def test_random_bytes_instead_of_any_frame_end_no_round() -> None:
+    for index in range(7):
+        world = make_world(reducers=[0, 3], send_deadline_s=5.0)
+        rewrite_all(world, lambda i, frame, index=index: b"\xff\x00garbage" if i == index else frame)  # type: ignore[misc]
+        outcomes = honest(world.run(may_fail=[BAD]))
+        assert_mean(world, outcomes, [0, 1, 2] if index > 4 else [0, 1])
+        assert {hotkey for o in outcomes.values() for hotkey, _ in blamed(o)} <= {world.hotkey(BAD), ""}
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (float("nan"), "not_finite"),
+        (float("inf"), "not_finite"),
+        (float("-inf"), "not_finite"),
+        (1e30, "out_of_bound"),
+        (-1001.0, "out_of_bound"),
+    ],
+)
+def test_values_that_poison_a_mean_are_left_out(value: float, fault: str) -> None:
+    vectors = make_world().vectors
+    for vector in vectors[BAD].values():
+        vector[::1000] = value
+    world = make_world(vectors=vectors, reducers=[0, 1, 3])
+    outcomes = world.run()
+    assert_mean(world, outcomes, [0, 1])
+    assert_same_bits(outcomes)
+    assert_only_bad_is_blamed(world, outcomes, fault)
+
+
+def test_values_at_the_bound_are_in() -> None:
+    vectors = make_world().vectors
+    vectors[BAD]["delta"][0] = 1000.0
+    world = make_world(vectors=vectors)
+    outcomes = world.run()
+    assert_mean(world, outcomes, [0, 1, 2])
+    assert outcomes[0].faults == ()
+
+
+def test_one_poisoned_chunk_is_left_out_of_its_part_alone() -> None:
+    vectors = make_world().vectors
+    vectors[BAD]["delta"][0] = float("nan")  # chunk 0, in the part of member 0
+    world = make_world(vectors=vectors)
+    outcomes = world.run()
+    assert_same_bits(outcomes)
+    part = world.plan.parts()[0]
+    for outcome in outcomes.values():
+        assert outcome.complete
+        assert outcome.included[world.hotkey(BAD)] == pytest.approx(1 - part.stop / world.layout.num_chunks)
+    assert blamed(outcomes[0]) == {(world.hotkey(BAD), "not_finite")}
+    assert blamed(outcomes[1]) == blamed(outcomes[3]) == set()
+
+
+def test_payload_of_another_root_is_refused_before_anything_is_sent() -> None:
+    world = make_world(roots={BAD: bytes(32)})
+    transport = MemoryHub().transport(world.peer(BAD))
+    with pytest.raises(ValueError, match="root"):
+        asyncio.run(all_reduce(world.plan, world.keys[BAD], world.payloads[BAD], transport, verify))
+
+
+def test_a_sender_that_gives_itself_weight_is_in_another_group() -> None:
+    world = make_world(reducers=[0, 3], send_deadline_s=5.0)
+    members = [dataclasses.replace(m, weight=1e6) if i == BAD else m for i, m in enumerate(world.plan.members)]
+    lie = dataclasses.replace(world.plan, members=tuple(members))
+
+    async def main() -> dict[int, AllReduceOutcome]:
+        transports = {i: world.hub.transport(world.peer(i)) for i in range(4)}
+        for transport in transports.values():
+            await transport.start()
+        rounds = [
+            all_reduce(lie if i == BAD else world.plan, world.keys[i], world.payloads[i], transports[i], verify)
+            for i in range(4)
+        ]
+        done = await asyncio.gather(*rounds, return_exceptions=True)
+        assert isinstance(done[BAD], ServiceError), "nobody talks to it, which it blames on nobody"
+        return {i: done[i] for i in HONEST}  # type: ignore[misc]
+
+    outcomes = run_in_virtual_time(main())
+    assert_mean(world, outcomes, [0, 1])
+    for i in (0, 3):
+        assert (world.hotkey(BAD), "absent") in blamed(outcomes[i])
+        assert {hotkey for hotkey, _ in blamed(outcomes[i])} == {world.hotkey(BAD), ""}
+
+
+def result_rewriter(world: World, forge: Callable[[bytes], bytes]) -> Callable[[int, bytes], bytes]:
+    """The bad reducer's own result, its bytes passed through ``forge`` and signed with its own key."""
+    pending: dict[bytes, bytes] = {}
+
+    def rewrite(index: int, frame: bytes) -> bytes:
+        if len(frame) < 2000 and b"\xa6result" in frame[:16]:
+            result = Result.model_validate(msgpack.unpackb(frame))
+            part = world.plan.parts()[result.part]
+            if part.reducer.hotkey != world.hotkey(BAD):
+                return frame
+            data = forge(original())
+            digest = hashlib.sha256(data).digest()
+            message = result_message(world.plan.group_id(), result.part, digest, result.included, len(data))
+            pending[original()] = data
+            return result.model_copy(
+                update={"sha256": digest, "size_bytes": len(data), "signature": world.keys[BAD].sign(message)}
+            ).to_bytes()
+        return pending.get(frame, frame)
+
+    def original() -> bytes:
+        part = world.plan.parts()[BAD]
+        mean = world.mean([0, 1, 2])
+        spans = world.layout.spans(part.start, part.stop)
+        return b"".join(s.codec.encode(mean[s.section.name][s.start : s.stop], 0) for s in spans)
+
+    return rewrite
+
+
+def test_reducer_that_sends_different_means_is_proved_to_lie() -> None:
+    world = make_world()
+    script = world.hub.script(world.peer(BAD), world.peer(1))
+    script.rewrite = result_rewriter(world, lambda data: bytes(len(data)))
+    outcomes = world.run()
+    assert_same_bits(honest(outcomes))
+    for i in HONEST:
+        assert outcomes[i].missing_parts == (BAD,)
+        record = next(record for record in outcomes[i].faults if record.evidence)
+        assert (record.hotkey, record.fault.value, record.part) == (world.hotkey(BAD), "wrong_average", BAD)
+        assert proves_two_averages(record.evidence, world.plan, verify) == world.hotkey(BAD)
+    assert_only_bad_is_blamed(world, outcomes, "wrong_average")
+
+
+def test_evidence_of_one_mean_or_of_garbage_proves_nothing() -> None:
+    world = make_world()
+    world.hub.script(world.peer(BAD), world.peer(1)).rewrite = result_rewriter(world, lambda data: bytes(len(data)))
+    evidence = next(record.evidence for record in world.run()[0].faults if record.evidence)
+    first, second = msgpack.unpackb(evidence)
+    assert proves_two_averages(msgpack.packb([first, first]), world.plan, verify) is None
+    assert proves_two_averages(b"\xff", world.plan, verify) is None
+    assert proves_two_averages(msgpack.packb([first, second[:-1]]), world.plan, verify) is None
+    forged = msgpack.packb({**msgpack.unpackb(second), "sha256": bytes(32)})
+    assert proves_two_averages(msgpack.packb([first, forged]), world.plan, verify) is None
+    other = dataclasses.replace(world.plan, attempt=1)
+    assert proves_two_averages(evidence, other, verify) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 5000.0])
+def test_mean_that_cannot_be_one_is_refused_by_all(value: float) -> None:
+    world = make_world()
+    size = world.layout.range_bytes(*[(p.start, p.stop) for p in world.plan.parts()][BAD])
+    data = torch.full((size // 4,), value).numpy().tobytes()
+    rewrite_all(world, result_rewriter(world, lambda _: data))
+    outcomes = world.run()
+    assert_same_bits(honest(outcomes))
+    assert all(outcomes[i].missing_parts == (BAD,) for i in HONEST)
+    assert_only_bad_is_blamed(world, outcomes, "wrong_average")
+
+
+@pytest.mark.parametrize(
+    ("forge", "fault"),
+    [(lambda data: data[:-4], "truncated"), (lambda data: data + bytes(4), "oversized"), (lambda _: b"", "truncated")],
+)
+def test_mean_of_another_size_is_refused_by_all(forge: Callable[[bytes], bytes], fault: str) -> None:
+    world = make_world()
+    rewrite_all(world, result_rewriter(world, forge))
+    outcomes = world.run()
+    assert all(outcomes[i].missing_parts == (BAD,) for i in HONEST)
+    # It confirms its own true mean to the others, which makes two.
+    assert_only_bad_is_blamed(world, outcomes, fault, "wrong_average")
+
+
+def test_mean_whose_bytes_are_not_the_signed_ones_is_fetched_from_others() -> None:
+    world = make_world()
+
+    def flip(index: int, frame: bytes) -> bytes:
+        return frame[:-1] + bytes([frame[-1] ^ 1]) if len(frame) > 2000 and index == 2 else frame
+
+    world.hub.script(world.peer(BAD), world.peer(1)).rewrite = flip
+    outcomes = world.run()
+    assert_mean(world, honest(outcomes), [0, 1, 2])
+    assert blamed(outcomes[1]) == {(world.hotkey(BAD), "not_committed")}
+    assert blamed(outcomes[0]) == blamed(outcomes[3]) == set()
+
+
+def test_part_of_a_reducer_that_dies_while_it_sends_comes_from_the_others() -> None:
+    world = make_world()
+    world.hub.script(world.peer(BAD), world.peer(0)).drop_after = 5  # as opener it gets through; so does its notes' frame
+    for i in (1, 3):
+        script = world.hub.script(world.peer(BAD), world.peer(i))
+        script.rewrite = lambda index, frame: frame
+    results = {"sent": 0}
+
+    def drop_results(index: int, frame: bytes) -> bytes:
+        results["sent"] += b"\xa6result" in frame[:16]
+        return b"" if b"\xa6result" in frame[:16] else frame
+
+    for i in (0, 1):
+        world.hub.script(world.peer(BAD), world.peer(i)).rewrite = drop_results
+    outcomes = world.run()
+    assert results["sent"] >= 2
+    assert_mean(world, honest(outcomes), [0, 1, 2])
+    assert_same_bits(honest(outcomes))
+    assert_only_bad_is_blamed(world, outcomes, "malformed")
+
+
+def test_node_that_reaches_nobody_blames_nobody() -> None:
+    world = make_world(send_deadline_s=2.0, deadline_s=4.0)
+    with pytest.raises(ServiceError, match="our own link"):
+        world.run(only=[0])
+
+
+def test_node_whose_own_transport_dies_blames_nobody() -> None:
+    world = make_world(send_deadline_s=2.0, deadline_s=4.0)
+
+    async def main() -> None:
+        transport = world.hub.transport(world.peer(0))
+        others = [world.hub.transport(world.peer(i)) for i in (1, 2)]
+        for each in (transport, *others):
+            await each.start()
+        rounds = [
+            asyncio.create_task(all_reduce(world.plan, world.keys[i], world.payloads[i], t, verify))
+            for i, t in ((0, transport), (1, others[0]), (2, others[1]))
+        ]
+        await asyncio.sleep(1.0)
+        await transport.close()
+        with pytest.raises(ServiceError, match="our own transport"):
+            await rounds[0]
+        await asyncio.gather(*rounds[1:])
+
+    run_in_virtual_time(main())
+
+
+def test_node_that_stood_still_blames_nobody_for_silence() -> None:
+    world = make_world(reducers=[0, 3])
+
+    async def stop(_: World, tasks: Tasks) -> None:
+        await asyncio.sleep(1.0)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.advance(30.0)
+
+    outcomes = world.run(only=HONEST, script=stop)
+    assert all(outcome.faults == () for outcome in outcomes.values())
+    assert_mean(world, outcomes, [0, 1])
+
+
+def test_member_that_starts_later_is_waited_for() -> None:
+    world = make_world()
+
+    async def main() -> list[AllReduceOutcome]:
+        async def late(index: int) -> AllReduceOutcome:
+            await asyncio.sleep(5.0 if index == BAD else 0.0)
+            transport = world.hub.transport(world.peer(index))
+            await transport.start()
+            return await all_reduce(world.plan, world.keys[index], world.payloads[index], transport, verify)
+
+        return await asyncio.gather(*(late(i) for i in range(4)))
+
+    outcomes = dict(enumerate(run_in_virtual_time(main())))
+    assert_mean(world, outcomes, [0, 1, 2])
+    assert all(outcome.faults == () for outcome in outcomes.values())

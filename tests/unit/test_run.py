@@ -1,0 +1,73 @@
+"""The recipe: round trip, every refusal, and what the run id depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hivetrain.errors import RecipeError
+from hivetrain.run import Data, Inner, Recipe, Schedule, Scoring, differing_fields, parse_recipe, run_id
+
+
+def test_recipe_survives_a_round_trip() -> None:
+    recipe = dataclasses.replace(Recipe(), name="x", inner=Inner(max_steps=7, lr=1e-3))
+    assert parse_recipe(recipe.to_toml()) == recipe
+
+
+@given(st.integers(1, 500), st.floats(1e-6, 1, allow_nan=False), st.integers(1, 64))
+def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: int) -> None:
+    recipe = dataclasses.replace(Recipe(), inner=Inner(max_steps=steps, lr=lr), data=Data(batch_size=batch))
+    assert parse_recipe(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[inner", "not valid TOML"),
+        ("[inner]\nlearning = 1", "unknown field inner.learning"),
+        ("surprise = 1", "unknown field surprise"),
+        ("[inner]\nlr = 'fast'", "inner.lr must be float"),
+        ("[inner]\nmax_steps = 1.5", "inner.max_steps must be int"),
+        ("[inner]\nmax_steps = true", "inner.max_steps must be int"),
+        ("[inner]\nmax_steps = 0", "inner.max_steps must be > 0, got 0"),
+        ("[inner]\nlr = nan", "inner.lr must be > 0"),
+        ("inner = 3", "inner must be a table"),
+        ("[model]\nname = 'distilgpt2'", "model.revision is needed"),
+        ("[model]\nhidden_size = 130", "must be a multiple of model.num_heads"),
+        ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, lora or full"),
+        ("[adapter]\ntarget_modules = 'q_proj'", "must be a list of strings"),
+        ("[averaging]\ncodec = 'zip'", "averaging.codec must be fp32 or fp16"),
+        ("[scoring]\nsteps_weight = 0.9", "must be 1, got"),
+        ("[scoring]\ndistance_zero = 0.01", "distance_full < distance_zero"),
+        ("[gates]\nquorum = 0.0", "gates.quorum must be in (0, 1]"),
+        ("[hub]\nrepo = 'model'", "hub.repo must be OWNER/NAME"),
+        ("[data]\nrepo = 'corpus'", "data.repo must be OWNER/NAME"),
+        ("[outer]\nmomentum = 1.0", "outer.momentum must be in [0, 1)"),
+    ],
+)
+def test_a_bad_recipe_is_refused_and_names_the_field(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=".") as caught:
+        parse_recipe(text)
+    assert says in str(caught.value)
+
+
+def test_differing_fields_names_each_with_both_values() -> None:
+    theirs = dataclasses.replace(Recipe(), inner=Inner(lr=1e-3), scoring=Scoring(ema_alpha=0.5))
+    assert differing_fields(Recipe(), theirs) == [
+        "inner.lr: ours 0.004, the run's 0.001",
+        "scoring.ema_alpha: ours 0.3, the run's 0.5",
+    ]
+
+
+def test_run_id_depends_on_recipe_tokenizer_and_state() -> None:
+    base = run_id(Recipe(), "a" * 64, "b" * 64)
+    others = {
+        run_id(dataclasses.replace(Recipe(), schedule=Schedule(train=26)), "a" * 64, "b" * 64),
+        run_id(Recipe(), "c" * 64, "b" * 64),
+        run_id(Recipe(), "a" * 64, "c" * 64),
+    }
+    assert len(others | {base}) == 4
+    assert run_id(Recipe(), "a" * 64, "b" * 64) == base
