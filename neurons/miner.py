@@ -65,6 +65,7 @@ class Miner(Neuron):
             self.leaders(position.round)
         if self.wait_for_phase(position, Phase.PUBLISH):
             self._say("waiting", "for the next epoch")
+            self.wait_for_epoch(position)
 
     def train(self, position: Position) -> Contribution | None:
         """Take inner steps until the assignment, the recipe or TRAIN ends; None where there is nothing to commit."""

@@ -20,8 +20,6 @@ import logging
 import secrets
 from dataclasses import dataclass, field
 
-from template.chain.client import NeuronInfo
-
 from hivetrain.errors import HubConflict, IntegrityError, ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position
@@ -30,6 +28,7 @@ from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Expected
 from neurons.main import run_neuron
 from template.anchor import parse_anchors
+from template.chain.client import NeuronInfo
 from template.chain.keys import verify
 from template.leader import MAX_SITTING
 from template.neuron import Neuron
@@ -91,7 +90,9 @@ class Validator(Neuron):
         if self.stopping.is_set():
             return
         self.score(position, notes)
-        self.wait_for_phase(position, Phase.PUBLISH)
+        if self.wait_for_phase(position, Phase.PUBLISH):
+            self._say("waiting", "for the next epoch")
+            self.wait_for_epoch(position)
 
     # -- COMMIT and VERIFY --------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hivetrain.averaging.swarm import Swarm
 
 from hivetrain.averaging.group import GroupPlan
-from hivetrain.errors import ConfigError
+from hivetrain.averaging.swarm import Swarm
+from hivetrain.errors import ConfigError, ServiceError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.manifest import Manifest, Ref, state_message
@@ -190,14 +190,7 @@ class Neuron:
     def _open_network(self) -> None:
         config = self.config
         self.network.start()
-        self.swarm = Swarm(
-            initial_peers=list(config.dht.initial_peers) or self._peers_on_chain(),
-            host_maddrs=list(config.dht.host_maddrs),
-            announce_maddrs=list(config.dht.announce_maddrs) or None,
-            identity_path=config.identity_path,
-            client_mode=config.dht.client_mode,
-        )
-        self.network.run(self.swarm.start(), 60)
+        self.swarm = self._join_swarm()
         keypair = self.wallet.hotkey
         self.dendrite = Dendrite(keypair)
         self.network.run(self.dendrite.start(), 10)
@@ -223,6 +216,28 @@ class Neuron:
         ip = config.axon.external_ip or config.axon.ip
         self.chain.serve(ip, config.axon.external_port or self.axon.port)
         self.announce()
+
+    def _join_swarm(self) -> Swarm:
+        """Join through the peers that the operator names, or through those on chain, or be the first."""
+        config = self.config
+        named = list(config.dht.initial_peers)
+        for peers in (named,) if named else (self._peers_on_chain(), []):
+            swarm = Swarm(
+                initial_peers=peers,
+                host_maddrs=list(config.dht.host_maddrs),
+                announce_maddrs=list(config.dht.announce_maddrs) or None,
+                identity_path=config.identity_path,
+                client_mode=config.dht.client_mode,
+            )
+            try:
+                self.network.run(swarm.start(), 90)
+                return swarm
+            except ServiceError as exc:
+                if named or not peers:
+                    raise
+                # Addresses on chain outlive their neurons; members are dialled by the plan's addresses anyway.
+                logger.info("none of the %d peers on chain answers, starting alone: %s", len(peers), exc)
+        raise AssertionError("the last attempt returns or raises")
 
     def _open_tracker(self) -> Trackers:
         config = self.config
@@ -351,7 +366,7 @@ class Neuron:
         computed = pending.state_hash if pending is not None and pending.state_hash else digest
         self._record_state(ref, computed, source)
         self.status.update(epoch=ref.epoch)
-        if source == "downloaded":
+        if source == "downloaded" and ref.epoch > 0:
             self.events.append("resync", f"loaded epoch {ref.epoch} from the hub", epoch=ref.epoch)
 
     def _record_state(self, ref: Ref, computed: str, source: str) -> None:
@@ -416,6 +431,20 @@ class Neuron:
         position = self.position
         start = position.round_start + self.schedule.round_blocks if position.round >= 0 else self.schedule.start_block
         return self.position if self.wait_for_block(start) else None
+
+    def wait_for_epoch(self, position: Position) -> None:
+        """Until the round ends, watch for its epoch, and hold it as soon as it is anchored."""
+        assert self.held is not None
+        end = position.round_start + self.schedule.round_blocks
+        base = self.held.ref
+        while self.blocks.block < end and not self.stopping.is_set() and self.held.ref is base:
+            try:
+                found = candidates(parse_anchors(self.chain.commitments()), set(self.validators()), self.run_id)
+                if found and found[0].epoch > base.epoch:
+                    self.adopt(find_base(found, found[0].block + 1, self.store.resolve, self._why_unacceptable))
+            except ServiceError as exc:
+                logger.warning("cannot take the new epoch yet: %s", exc)
+            self.wait_for_block(min(end, self.blocks.block + 1))
 
     def drain_mailbox(self) -> None:
         """Do what leaders ask of the model's thread."""

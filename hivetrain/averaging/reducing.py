@@ -79,20 +79,20 @@ class PartInbox:
 
 def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum(w * x) / sum(w)`` in the given order: float32, the shape of each vector. At least one vector."""
+    mean = np.zeros(vectors[0].shape, dtype=np.float32)
     total = np.float32(0.0)
-    mean = torch.zeros_like(vectors[0])
     for vector, weight in zip(vectors, weights, strict=True):
-        mean += vector * float(np.float32(weight))
-        total += np.float32(weight)
-    return mean.div_(torch.tensor(float(total), dtype=torch.float32))
+        np.add(mean, np.multiply(vector.numpy(), np.float32(weight)), out=mean)
+        total = np.float32(total + np.float32(weight))
+    return torch.from_numpy(np.divide(mean, total, out=mean))
 
 
-def reduce_part(plan: GroupPlan, part: Part, contributions: Sequence[PartInbox]) -> Iterator[bytes]:
-    """Encoded mean of the part, block by block, over complete contributions in the plan's order."""
+def reduce_part(plan: GroupPlan, part: Part, inboxes: Sequence[PartInbox]) -> Iterator[bytes]:
+    """Encoded mean of the part, block by block, over complete inboxes in the plan's order."""
     seed = rounding_seed(plan.group_id())
-    weights = [contribution.sender.weight for contribution in contributions]
+    weights = [inbox.sender.weight for inbox in inboxes]
     for index, (start, stop) in enumerate(blocks(part.start, part.stop)):
-        mean = weighted_mean([contribution.values(index) for contribution in contributions], weights)
+        mean = weighted_mean([inbox.values(index) for inbox in inboxes], weights)
         yield plan.layout.encode_chunks(mean, start, stop, seed)
 
 

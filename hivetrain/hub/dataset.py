@@ -1,7 +1,8 @@
 """The seam to a data set's files: parquet that is read by range, one row group at a time.
 
 Reading one assigned row group must move that row group's bytes, not the file's. So a remote file is unbuffered:
-it asks for exactly the bytes that the parquet reader wants (`notes` of the measurement: docs/architecture.md).
+it asks for exactly the bytes that the parquet reader wants. Over HTTP a row group costs its own bytes and 64 KiB
+for the footer.
 
 Implementations: `hivetrain.hub.client.HubDataset` and `LocalDataset`, under one contract suite.
 """

@@ -287,7 +287,7 @@ def _translated(what: str, exc: Exception) -> HubError:
 
 def _quiet_import() -> None:
     """Import `huggingface_hub` with everything off that talks to anybody but the endpoint."""
-    for switch in ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_PROGRESS_BARS", "DISABLE_IMPLICIT_TOKEN"):
+    for switch in ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(f"HF_HUB_{switch}", "1")
     from huggingface_hub import constants
 

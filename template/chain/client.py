@@ -15,7 +15,7 @@ from typing import Any
 
 import bittensor as bt
 
-from hivetrain.errors import ChainError, ConfigError
+from hivetrain.errors import ChainError, ConfigError, HivetrainError
 from template.chain.commitments import ChainCommitment, decode_fields, encode_fields
 from template.chain.connection import Connection
 from template.chain.metagraph import Metagraph, NeuronInfo, from_sdk
@@ -157,10 +157,15 @@ class Chain:
             call = bt.calls.SubtensorModule.burned_register(netuid=self.netuid, hotkey=hotkey)
             return await client.submit_call(call, self._wallet, wait_for_finalization=False)
 
-        self._connection.write(f"registering {hotkey}", submit)
+        refused: HivetrainError | None = None
+        try:
+            self._connection.write(f"registering {hotkey}", submit)
+        except (ChainError, ConfigError) as exc:
+            refused = exc
+        # Read either way: another process of ours may have been first, or an answer have been lost.
         found = self._uid(hotkey)
         if found is None:
-            raise ChainError(f"{hotkey} is not on subnet {self.netuid} after its registration")
+            raise refused or ChainError(f"{hotkey} is not on subnet {self.netuid} after its registration")
         logger.info("registered %s as uid %d on subnet %d", hotkey, found, self.netuid)
         return found
 

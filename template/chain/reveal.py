@@ -36,8 +36,10 @@ def reveal_commits(ledger: LocalLedger, netuid: int, reveal_round: int, signatur
         ValueError: not that round's signature; nothing is touched.
     """
     probe, _ = bittensor_core.encrypt_at_round(b"probe", reveal_round)
-    if bytes(bittensor_core.decrypt_with_signature(probe, signature_hex)) != b"probe":
-        raise ValueError(f"not the signature of round {reveal_round}")
+    try:
+        bittensor_core.decrypt_with_signature(probe, signature_hex)
+    except ValueError as exc:
+        raise ValueError(f"not the signature of round {reveal_round}: {exc}") from exc
     num_applied = 0
     with ledger.write() as state:
         subnet = state.subnet(netuid)

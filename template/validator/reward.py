@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hivetrain.averaging.butterfly import AllReduceOutcome
-
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.run import Scoring
 from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts, Score, Unscored, score_round

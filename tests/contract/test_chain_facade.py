@@ -55,6 +55,27 @@ def test_registering_again_gives_the_same_uid(net: LocalChain) -> None:
     assert len(chain.metagraph().neurons) == 3
 
 
+def test_a_registration_that_somebody_else_made_meanwhile_counts(
+    net: LocalChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = net.client("new")
+    look = chain._uid
+
+    def first_look_then_the_other_process_registers(hotkey: str) -> int | None:
+        found = look(hotkey)
+        net.register("new")
+        return found
+
+    monkeypatch.setattr(chain, "_uid", first_look_then_the_other_process_registers)
+    assert chain.register() == 2
+
+
+def test_a_refused_registration_is_a_chain_error(net: LocalChain) -> None:
+    net.ledger.set_rules(max_uids=2)
+    with pytest.raises(ChainError, match="within their immunity period"):
+        net.client("new").register()
+
+
 def test_serving_the_same_address_again_sends_nothing(net: LocalChain) -> None:
     net.ledger.set_rules(serving_rate_limit=1000)
     chain = net.client("miner")
@@ -128,7 +149,7 @@ def test_a_stranger_is_told_to_register(net: LocalChain, act: Any) -> None:
     ],
 )
 def test_acting_needs_a_wallet(net: LocalChain, act: Any) -> None:
-    with pytest.raises(ConfigError, match="--wallet.name"):
+    with pytest.raises(ConfigError, match=r"--wallet\.name"):
         act(net.client())
 
 
@@ -159,7 +180,7 @@ def test_impossible_weights_are_a_value_error(net: LocalChain, weights: dict[int
 
 @pytest.mark.parametrize(("ip", "port"), [("localhost", 1), ("", 1), ("127.0.0.1", 0), ("127.0.0.1", 65536)])
 def test_an_impossible_address_is_a_config_error(net: LocalChain, ip: str, port: int) -> None:
-    with pytest.raises(ConfigError, match="--axon.external_"):
+    with pytest.raises(ConfigError, match=r"--axon\.external_"):
         net.client("miner").serve(ip, port)
 
 
@@ -263,7 +284,7 @@ def test_a_refused_connection_is_a_chain_error() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    with pytest.raises(ChainError, match="cannot be reached|did not answer"):
+    with pytest.raises(ChainError, match=r"cannot be reached|did not answer"):
         Chain(network=f"ws://127.0.0.1:{port}", netuid=1, timeout_s=3).start()
 
 

@@ -18,6 +18,8 @@ from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtua
 from hivetrain.errors import ServiceError
 from hivetrain.verification.merkle import MerkleTree
 
+torch.set_num_threads(1)
+
 SIZES = {"delta": 3 * 4096 + 100, "exp_avg": 2 * 4096, "exp_avg_sq": 2 * 4096 + 7}
 
 
@@ -41,9 +43,7 @@ def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
 
 
 def make_layout(codec: str = "fp32", scale: int = 1) -> PayloadLayout:
-    return PayloadLayout(
-        [Section(name=name, num_elements=size * scale, codec=codec) for name, size in SIZES.items()]
-    )
+    return PayloadLayout([Section(name=name, num_elements=size * scale, codec=codec) for name, size in SIZES.items()])
 
 
 def random_vectors(seed: int, layout: PayloadLayout) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ class World:
         script: Callable[[World, dict[int, asyncio.Task[AllReduceOutcome]]], object] | None = None,
         may_fail: Sequence[int] = (),
     ) -> dict[int, AllReduceOutcome]:
-        """Everyone's outcome (those in ``only``); one that ``script`` cancels, or of ``may_fail`` that fails, has none."""
+        """Outcomes of ``only``; none of one that ``script`` cancels, nor of one in ``may_fail`` that fails."""
         members = range(len(self.keys)) if only is None else only
 
         async def main() -> dict[int, AllReduceOutcome]:

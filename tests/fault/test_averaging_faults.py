@@ -86,7 +86,9 @@ def test_absent_sender_that_reduces_nothing_leaves_the_mean_complete() -> None:
 
 @pytest.mark.parametrize("frame", [0, 1, 2, 3, 4, 5, 6])
 def test_member_whose_links_break_before_it_has_sent_is_left_out(frame: int) -> None:
-    world = make_world(scale=40)  # two blocks to a part: hello, confirm, contribution, 2 x (block, data), signed results
+    world = make_world(
+        scale=40
+    )  # two blocks to a part: hello, confirm, contribution, 2 x (block, data), signed results
     for i in HONEST:
         world.hub.script(world.peer(BAD), world.peer(i)).drop_after = frame
         world.hub.script(world.peer(i), world.peer(BAD)).drop_after = 1
@@ -424,7 +426,9 @@ def test_mean_whose_bytes_are_not_the_signed_ones_is_fetched_from_others() -> No
 
 def test_part_of_a_reducer_that_dies_while_it_sends_comes_from_the_others() -> None:
     world = make_world()
-    world.hub.script(world.peer(BAD), world.peer(0)).drop_after = 5  # as opener it gets through; so does its notes' frame
+    world.hub.script(
+        world.peer(BAD), world.peer(0)
+    ).drop_after = 5  # as opener it gets through; so does its notes' frame
     for i in (1, 3):
         script = world.hub.script(world.peer(BAD), world.peer(i))
         script.rewrite = lambda index, frame: frame

@@ -236,8 +236,9 @@ def test_writes_need_the_token_and_reads_do_not(tmp_path: Path) -> None:
         assert stranger.latest() == ref
         assert stranger.read(ref, "state.safetensors") == weights(0)["state.safetensors"]
         for store in (stranger, HubStore(endpoint=hub.url, repo="run/model", token="wrong")):
-            with pytest.raises(HubError, match=r"401.*token"):
+            with pytest.raises(HubError, match=r"401.*token") as refused:
                 store.publish(make_manifest(1, weights(1)), weights(1))
+            assert "Bearer" not in str(refused.value)
             with pytest.raises(HubError, match="token"):
                 store.publish_artefacts("other/repo", "main", {"a": b"a"})
         assert owner.epochs() == [0]
@@ -526,3 +527,27 @@ def test_a_hub_without_collection_is_tolerated_and_a_broken_one_is_not(status: i
             with pytest.raises(HubError, match="503"):
                 remote.collect()
         server.shutdown()
+
+
+def test_no_token_is_sent_that_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_machine")
+    sent: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            sent.append(self.headers.get("Authorization"))
+            self.send_error(400)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for token in (None, "ours"):
+            with pytest.raises(HubError):
+                HubStore(endpoint=url, repo="a/b", token=token).latest()
+            with pytest.raises(HubError):
+                HubStore(endpoint=url, repo="a/b", token=token).read_artefact("a/b", "main", "x")
+        server.shutdown()
+    assert sent == [None, None, "Bearer ours", "Bearer ours"]

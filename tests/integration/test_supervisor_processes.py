@@ -111,11 +111,6 @@ def test_settings_that_cannot_work_are_not_tried_again(tmp_path: Path) -> None:
     assert asyncio.run(scenario()).num_restarts == 0
 
 
-def test_the_delay_doubles_up_to_its_limit() -> None:
-    backoff = Backoff(first_s=1.0, max_s=5.0)
-    assert [backoff.delay_s(n) for n in (1, 2, 3, 4, 400)] == [1.0, 2.0, 4.0, 5.0, 5.0]
-
-
 def test_a_child_that_ignores_sigterm_is_killed_after_its_timeout(tmp_path: Path) -> None:
     async def scenario() -> Child:
         async with Supervisor(backoff=FAST) as supervisor:

@@ -27,14 +27,14 @@ def test_creating_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_missing_coldkey_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="new-coldkey --wallet.name alice"):
+    with pytest.raises(ConfigError, match=r"new-coldkey --wallet\.name alice"):
         load_wallet("alice", "h1", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_hotkey_names_the_command_that_makes_it(tmp_path: Path) -> None:
     load_wallet("alice", "h1", tmp_path, create=True)
-    with pytest.raises(ConfigError, match="new-hotkey --wallet.name alice --wallet.hotkey h2"):
+    with pytest.raises(ConfigError, match=r"new-hotkey --wallet\.name alice --wallet\.hotkey h2"):
         load_wallet("alice", "h2", tmp_path)
 
 

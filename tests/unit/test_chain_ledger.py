@@ -167,16 +167,20 @@ def test_registering_twice_gives_the_same_uid(net: LocalChain) -> None:
 
 def test_another_coldkey_cannot_take_a_hotkey(net: LocalChain) -> None:
     net.register("a")
+    with net.ledger.write() as state:
+        state.execute("DELETE FROM neurons")
     with pytest.raises(ChainError, match="belongs to coldkey"):
-        with net.ledger.write() as state:
-            state.execute("DELETE FROM neurons")
         net.ledger.register(net.hotkey("a"), net.hotkey("b"))
 
 
 def test_a_failed_transaction_leaves_nothing(net: LocalChain) -> None:
-    with pytest.raises(RuntimeError), net.ledger.write() as state:
-        state.set_setting("half", "done")
-        raise RuntimeError
+    def half() -> None:
+        with net.ledger.write() as state:
+            state.set_setting("half", "done")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        half()
     with net.ledger.read() as state:
         assert state.setting("half") == ""
 

@@ -1,0 +1,192 @@
+"""One suite over every transport of the all-reduce."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+
+import pytest
+
+from hivetrain.averaging.memory import MemoryHub
+from hivetrain.averaging.swarm import Swarm
+from hivetrain.averaging.transport import LinkLost, Stream, Transport
+from hivetrain.errors import Fault, PeerFault
+
+# Where a stream cannot be opened, hivemind leaves its connection to the daemon to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:.*StreamWriter.__del__:pytest.PytestUnraisableExceptionWarning")
+
+Pair = tuple[Transport, Transport, list[str]]
+"""Who accepts, who opens, and the addresses of the first."""
+
+
+@contextlib.asynccontextmanager
+async def memory_pair() -> AsyncIterator[Pair]:
+    hub = MemoryHub()
+    one, two = hub.transport("one"), hub.transport("two")
+    await one.start()
+    await two.start()
+    try:
+        yield one, two, []
+    finally:
+        await two.close()
+        await one.close()
+
+
+@contextlib.asynccontextmanager
+async def swarm_pair() -> AsyncIterator[Pair]:
+    one = Swarm([], ["/ip4/127.0.0.1/tcp/0"])
+    await one.start()
+    two = Swarm(one.visible_maddrs(), ["/ip4/127.0.0.1/tcp/0"])
+    try:
+        await two.start()
+        yield one, two, one.visible_maddrs()
+    finally:
+        await two.close()
+        await one.close()
+
+
+PAIRS = {"memory": memory_pair, "swarm": swarm_pair}
+Check = Callable[[Transport, Transport, list[str]], Coroutine[None, None, None]]
+
+
+async def frames_arrive_whole_and_in_order(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    async def echo(stream: Stream) -> None:
+        assert stream.remote_peer_id == there.peer_id
+        for _ in range(4):
+            await stream.send(await stream.receive(4 << 20))
+
+    here.set_acceptor(echo)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    assert stream.remote_peer_id == here.peer_id
+    for frame in (b"a", b"", bytes(range(256)) * 4096, memoryview(bytearray(b"xyz"))[1:]):
+        await stream.send(frame)
+        assert await stream.receive(4 << 20) == bytes(frame)
+    with pytest.raises(LinkLost):
+        await stream.receive(10)
+    await stream.close()
+    await stream.close()
+
+
+async def frame_that_is_too_long_is_refused(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    async def speak(stream: Stream) -> None:
+        await stream.send(b"0123456789")
+
+    here.set_acceptor(speak)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    with pytest.raises(PeerFault) as refused:
+        await stream.receive(9)
+    assert refused.value.fault is Fault.OVERSIZED
+    await stream.close()
+
+
+async def what_was_sent_before_the_end_arrives(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    async def speak(stream: Stream) -> None:
+        for _ in range(5):
+            await stream.send(b"x" * 1000)
+
+    here.set_acceptor(speak)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    for _ in range(5):
+        assert len(await stream.receive(1000)) == 1000
+    with pytest.raises(LinkLost):
+        await stream.receive(1000)
+    await stream.close()
+
+
+async def closed_stream_ends_at_the_other_end(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def listen(stream: Stream) -> None:
+        try:
+            await stream.receive(10)
+        except LinkLost:
+            ended.set_result(True)
+
+    here.set_acceptor(listen)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    await stream.close()
+    assert await asyncio.wait_for(ended, 5.0)
+
+
+async def without_an_acceptor_streams_are_refused(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    with pytest.raises(LinkLost):
+        stream = await there.open(here.peer_id, maddrs, 5.0)
+        await stream.send(b"hello")
+        await stream.receive(10)
+
+
+async def unknown_peer_cannot_be_reached(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    unknown = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+    for peer_id, addresses in ((unknown, ["/ip4/127.0.0.1/tcp/9"]), (unknown, []), ("not a peer id", ["nonsense"])):
+        with pytest.raises(LinkLost):
+            await there.open(peer_id, addresses, 2.0)
+
+
+async def only_one_acceptor_at_a_time(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    async def ignore(stream: Stream) -> None:
+        return
+
+    here.set_acceptor(ignore)
+    with pytest.raises(ValueError, match="acceptor"):
+        here.set_acceptor(ignore)
+    here.set_acceptor(None)
+    here.set_acceptor(ignore)
+    here.set_acceptor(None)
+
+
+async def reader_that_is_slow_holds_the_sender_back(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    go = asyncio.Event()
+
+    async def listen(stream: Stream) -> None:
+        await go.wait()
+        with contextlib.suppress(LinkLost):
+            while True:
+                await stream.receive(1 << 20)
+
+    here.set_acceptor(listen)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    sent = 0
+
+    async def flood() -> None:
+        nonlocal sent
+        while sent < 200:
+            await stream.send(bytes(1 << 20))
+            sent += 1
+
+    flooding = asyncio.create_task(flood())
+    last = -1
+    while last != sent:  # until nothing moves any more
+        last = sent
+        await asyncio.sleep(0.3)
+    assert sent < 200
+    go.set()
+    await flooding
+    await stream.close()
+
+
+CHECKS = [
+    frames_arrive_whole_and_in_order,
+    frame_that_is_too_long_is_refused,
+    what_was_sent_before_the_end_arrives,
+    closed_stream_ends_at_the_other_end,
+    unknown_peer_cannot_be_reached,
+    only_one_acceptor_at_a_time,
+    reader_that_is_slow_holds_the_sender_back,
+    without_an_acceptor_streams_are_refused,
+]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_transport_keeps_its_contract(name: str) -> None:
+    async def main() -> None:
+        async with PAIRS[name]() as (here, there, maddrs):
+            for check in CHECKS:
+                await check(here, there, maddrs)
+                here.set_acceptor(None)
+            assert here.alive
+            assert there.alive
+        assert not here.alive
+        assert not there.alive
+
+    asyncio.run(main())
