@@ -181,7 +181,9 @@ def measure(recipe: Recipe, corpus: Corpus, num_rounds: int, seeds: range) -> Cl
     table("Held-out loss, nats per token, after so many inner steps", ["", *_thin(steps)], rows)
     best = min(statistics.fmean(losses) for losses in alone.values())
     gap = statistics.fmean(together) / best - 1
-    return at_most(f"loss gap to the best single process, {len(seeds)} seeds, relative", gap, MAX_GAP)
+    num_steps = num_rounds * recipe.inner.max_steps
+    name = f"loss gap to the best single process after {num_steps} steps, seeds: {len(seeds)}, relative"
+    return at_most(name, gap, MAX_GAP)
 
 
 def _cells(curve: list[float]) -> list[str]:
@@ -201,10 +203,9 @@ def main() -> int:
     recipe = Recipe()
     num_rounds, seeds = recipe.inner.total_steps // recipe.inner.max_steps, range(3)
     if options.quick:
+        # The schedule stays that of the whole run: one shortened to fit leaves both sides so undertrained that
+        # the gap all but vanishes.
         num_rounds, seeds = 3, range(1)
-        recipe = dataclasses.replace(
-            recipe, inner=dataclasses.replace(recipe.inner, total_steps=num_rounds * recipe.inner.max_steps)
-        )
     with tempfile.TemporaryDirectory(prefix="hivetrain-loss-") as folder:
         corpus = load_corpus(Path(folder), recipe)
         claim = measure(recipe, corpus, num_rounds, seeds)

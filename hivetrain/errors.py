@@ -74,6 +74,10 @@ class HubConflict(HubError):
     """Somebody else published this epoch first."""
 
 
+class HubNotFound(HubError):
+    """No such repo, revision or file."""
+
+
 class DataError(ServiceError):
     """Training data cannot be read as the index says."""
 

@@ -54,7 +54,7 @@ def up(
     tracker: Annotated[TrackerName, typer.Option(help="where metrics go")] = TrackerName.trackio,
     block_time: Annotated[float | None, typer.Option(help="seconds per block; default: fitted to the machine")] = None,
     recipe: Annotated[Path | None, typer.Option(help="run.toml of a new run; default: the embedded one")] = None,
-    device: Annotated[str, typer.Option(help="device of the neurons: cpu, cuda, auto")] = "cpu",
+    device: Annotated[str, typer.Option(help="device of the neurons: auto, cpu, cuda")] = "auto",
     min_loss_drop: Annotated[float, typer.Option(help="nats by which the val loss must fall over --epochs")] = 0.0,
     timeout: Annotated[
         float | None, typer.Option(help="seconds after which to stop; default: none or generous")
@@ -222,6 +222,17 @@ def config_show(ctx: typer.Context) -> None:
 
 
 @app.command()
+def register(
+    name: Annotated[str, typer.Argument(help="name of the new miner, such as miner-4")],
+    dir: DirOption = DEFAULT_DIR,
+) -> None:
+    """Make keys for one more miner, register it on the local network, and print the command that runs it."""
+    from neurons.register import register_miner
+
+    typer.echo(register_miner(name, dir=dir.expanduser().absolute()))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to go on from")],
     dir: DirOption = DEFAULT_DIR,
@@ -230,7 +241,7 @@ def generate(
     """Let the newest published model go on from a prompt."""
     from neurons.generate import generate as run
 
-    typer.echo(run(prompt, dir=dir, max_tokens=max_tokens))
+    typer.echo(run(prompt, dir=dir.expanduser().absolute(), max_tokens=max_tokens))
 
 
 @app.command(context_settings=PASS_THROUGH)

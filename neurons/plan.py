@@ -43,7 +43,7 @@ class UpOptions:
     tracker: Literal["trackio", "wandb", "none"] = "trackio"
     block_time_s: float | None = None
     recipe: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
     min_loss_drop: float = 0.0
     timeout_s: float | None = None
 

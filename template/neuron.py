@@ -43,6 +43,7 @@ from template.protocol import AllReduce, IsAlive, Train
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+CHAIN_SILENT_S = 30.0
 DEFAULT_HUB = "https://huggingface.co"
 
 
@@ -153,8 +154,8 @@ class Neuron:
         if me is None:
             raise ConfigError(
                 f"hotkey {self.identity.hotkey} is not registered on subnet {self.config.netuid}; register it: "
-                f"hivetrain register --wallet.name {self.config.wallet.name} (local) or "
-                f"btcli subnets register --netuid {self.config.netuid}"
+                f"`hivetrain register {self.config.wallet.name}` on a local network, "
+                f"`btcli subnets register --netuid {self.config.netuid}` elsewhere"
             )
         return int(me.uid)
 
@@ -413,8 +414,12 @@ class Neuron:
         while not self.stopping.is_set():
             self.drain_mailbox()
             if self.blocks.wait(block, POLL_S) >= block:
+                self.status.update(phase=self.position.phase.value)
                 return True
-            self.status.update(detail="" if self.blocks.age_s < 30 else "the chain does not answer")
+            if self.blocks.age_s > CHAIN_SILENT_S:
+                self.status.update(detail="the chain does not answer")
+            else:
+                self.status.update(phase=self.position.phase.value)
         return False
 
     def wait_for_phase(self, position: Position, phase: Phase) -> bool:

@@ -73,6 +73,7 @@ async def all_reduce(
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.close()
         await state.close_streams()
+    server.raise_bug()
     outcome = state.outcome()
     logger.info(
         "all-reduce: round=%d attempt=%d complete=%s members_in=%d faults=%d seconds=%.2f sent=%d received=%d",
@@ -103,8 +104,6 @@ async def _take_part(state: RoundState, server: Server, tasks: list[asyncio.Task
         for task in done:
             task.result()
     await server.drain()
-    if server.crash.done():
-        server.crash.result()
 
 
 async def _watch_ourselves(state: RoundState) -> None:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 10.0
 LINGER_S = 1.5  # a member that we met and that has not got everything has this long to come and fetch it
+SPARE_STREAMS = 4  # that one member may have open beside one for each part
 MAX_TAKES = 3  # times that one member may take one part from us
 
 
@@ -82,7 +83,7 @@ class Server:
     async def reduce(self, part: Part) -> None:
         """Collect our part's vectors, average them, and make the mean ready to be sent."""
         state = self._state
-        self._add_own(part)
+        await self._add_own(part)
         await self._collect()
         self._closed = True
         for hotkey, sender in self._senders.items():
@@ -93,7 +94,7 @@ class Server:
         if inboxes:
             for block in reduce_part(state.plan, part, inboxes):
                 data += block
-                await asyncio.sleep(0)  # other streams go on between blocks
+                await asyncio.sleep(0)
         included = [
             m.hotkey in self._senders and self._senders[m.hotkey].status is Status.IN for m in state.plan.members
         ]
@@ -113,7 +114,7 @@ class Server:
         self._ready.set()
         self._changed.set()
 
-    def _add_own(self, part: Part) -> None:
+    async def _add_own(self, part: Part) -> None:
         state = self._state
         sender = self._senders.get(state.me.hotkey)
         if sender is None or state.tree is None or state.payload is None:
@@ -123,6 +124,7 @@ class Server:
             for start, stop in blocks(part.start, part.stop):
                 block = Block(start=start, stop=stop, proof=state.tree.range_proof(start, stop))
                 sender.inbox.add(block, view[layout.byte_offset(start) : layout.byte_offset(stop)])
+                await asyncio.sleep(0)  # other streams go on between blocks
             sender.status = Status.IN
         except PeerFault as fault:
             self._put_out(state.me.hotkey, sender, fault, part)
@@ -199,6 +201,8 @@ class Server:
 
     async def _converse(self, stream: Stream, member: Member) -> None:
         state = self._state
+        if self._live[member.hotkey] >= len(state.parts) + SPARE_STREAMS:
+            return
         self._live[member.hotkey] += 1
         try:
             async with asyncio.timeout_at(state.deadline):
@@ -328,7 +332,11 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.crash.cancel()
+
+    def raise_bug(self) -> None:
+        """Raise what went wrong in a conversation through no peer's fault."""
+        if self.crash.done():
+            self.crash.result()
 
     async def _wait(self, condition: Callable[[], bool], until: float) -> None:
         while not condition() and self._state.now() < until:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ class Swarm:
         """
         if self._p2p is not None:
             raise ValueError("this swarm has been started already")
-        hivemind = await asyncio.to_thread(_import_hivemind)
+        hivemind = _import_hivemind()
         for maddr in (*self._initial_peers, *self._host_maddrs, *(self._announce_maddrs or ())):
             _require_maddr(hivemind, maddr)
         if missing := [maddr for maddr in self._initial_peers if "/p2p/" not in maddr]:
@@ -281,7 +282,9 @@ _hivemind: _Hivemind | None = None
 def _import_hivemind() -> Any:
     global _hivemind
     if _hivemind is None:
-        _hivemind = _Hivemind()
+        with warnings.catch_warnings():  # what its imports deprecate is not ours to change
+            warnings.simplefilter("ignore")
+            _hivemind = _Hivemind()
     return _hivemind
 
 

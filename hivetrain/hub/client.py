@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from hivetrain.errors import DataError, HubConflict, HubError, IntegrityError
+from hivetrain.errors import DataError, HubConflict, HubError, HubNotFound, IntegrityError
 from hivetrain.hub.dataset import RangeFile
 from hivetrain.hub.remote import HubExists, HubTransient, RemoteFile, RemoteRepo
 from hivetrain.hub.store import (
     MAX_ARTEFACT_BYTES,
-    HubNotFound,
     check_files,
     check_name,
     checked,

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from hivetrain.errors import HubConflict, IntegrityError
+from hivetrain.errors import HubConflict, HubNotFound, IntegrityError
 from hivetrain.hub.store import (
     MAX_ARTEFACT_BYTES,
-    HubNotFound,
     check_files,
     epochs_to_drop,
     fetch_verified,

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import stamina
 
-from hivetrain.errors import HivetrainError, HubError, IntegrityError
-from hivetrain.hub.store import HubNotFound
+from hivetrain.errors import HivetrainError, HubError, HubNotFound, IntegrityError
 
 if TYPE_CHECKING:
     import httpx2

@@ -26,10 +26,6 @@ MAX_ARTEFACT_BYTES = 64 << 20
 _EPOCH_TAG = re.compile(r"epoch-([0-9]{6,9})")
 
 
-class HubNotFound(HubError):
-    """The hub answers, and has no such repository, revision or file."""
-
-
 class ModelStore(Protocol):
     """Epochs of one run. Every method may raise `HubError` when the hub does not answer rightly."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-import bittensor_core  # type: ignore[import-untyped]
+import bittensor_core
 from bittensor.keyfiles import Keypair
 
 from hivetrain.errors import ChainError

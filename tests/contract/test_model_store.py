@@ -12,10 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hivetrain.errors import HubConflict, IntegrityError
+from hivetrain.errors import HubConflict, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubStore
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.hub.store import HubNotFound
 from hivetrain.manifest import MANIFEST_NAME, Ref
 from tests.hub_fixture import HubProcess, make_manifest, running_hub
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import torch
 from averaging_world import World, assert_mean, assert_same_bits, blamed, verify
 
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
+from hivetrain.averaging.handshake import open_handshake
 from hivetrain.averaging.memory import MemoryHub, VirtualTimeLoop, run_in_virtual_time
-from hivetrain.averaging.messages import Result, result_message
+from hivetrain.averaging.messages import Fetch, FetchReply, Result, receive, result_message
 from hivetrain.averaging.outcome import proves_two_averages
+from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import ServiceError
 
 BAD = 2  # the member that misbehaves, of senders 0, 1, 2 and validator 3
@@ -503,3 +506,37 @@ def test_member_that_starts_later_is_waited_for() -> None:
     outcomes = dict(enumerate(run_in_virtual_time(main())))
     assert_mean(world, outcomes, [0, 1, 2])
     assert all(outcome.faults == () for outcome in outcomes.values())
+
+
+def test_bug_of_ours_ends_the_round_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("hivetrain.averaging.reducing.PartInbox.check_header", broken)
+    with pytest.raises(ZeroDivisionError):
+        make_world().run()
+
+
+def test_member_that_opens_streams_without_end_is_served_a_few() -> None:
+    world = make_world()
+    opened: list[Stream] = []
+    answered = []
+
+    async def flood(_: World, tasks: Tasks) -> None:
+        transport = world.hub.transport(world.peer(BAD))
+        await transport.start()
+        me, plan = world.keys[BAD], world.plan
+        for _i in range(20):
+            stream = await transport.open(world.peer(0), (), 1.0)
+            await open_handshake(stream, plan, plan.group_id(), me, world.peer(BAD), plan.members[0], verify)
+            opened.append(stream)
+        for stream in opened:
+            with contextlib.suppress(LinkLost):
+                await stream.send(Fetch(part=1, take=False).to_bytes())
+                answered.append((await receive(stream, FetchReply)).status)
+        await transport.close()
+
+    outcomes = world.run(only=HONEST, script=flood)
+    assert len(opened) == 20
+    assert len(answered) == 4 + 4
+    assert_left_out(world, outcomes, "absent")

@@ -1,7 +1,7 @@
-"""One member of a group as a process: ``python averaging_peer.py FOLDER INDEX NUM_SENDERS NUM_PEERS ELEMENTS [FRAMES]``.
+"""One member of a group as a process: FOLDER INDEX NUM_SENDERS NUM_PEERS ELEMENTS [FRAMES].
 
-Members meet in FOLDER: each writes who it is, waits for the others, and derives the plan from what all wrote. With FRAMES
-the process kills itself with SIGKILL once it has sent that many.
+Members meet in FOLDER: each writes who it is, waits for the others, and derives the plan from what all wrote. With
+FRAMES the process kills itself with SIGKILL once it has sent that many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-
 import resource
 import signal
 import sys
@@ -21,8 +20,8 @@ import torch
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.butterfly import all_reduce
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.averaging.swarm import Swarm
@@ -83,10 +82,18 @@ def write(path: Path, text: str) -> None:
     path.with_suffix(".tmp").rename(path)
 
 
+def exists(path: Path) -> bool:
+    return path.exists()
+
+
 async def read(path: Path, timeout_s: float = 60.0) -> dict[str, object]:
     async with asyncio.timeout(timeout_s):
-        while not path.exists():
+        while not exists(path):  # noqa: ASYNC110 (another process writes it)
             await asyncio.sleep(0.02)
+    return load(path)
+
+
+def load(path: Path) -> dict[str, object]:
     loaded: dict[str, object] = json.loads(path.read_text())
     return loaded
 
@@ -135,7 +142,7 @@ async def main(folder: Path, index: int, num_senders: int, num_peers: int, eleme
     write(folder / f"ready-{index}.json", "{}")
     await read(folder / "go.json")
     outcome = await all_reduce(plan, key, payload, swarm, verify)
-    child = swarm._p2p._child.pid
+    daemon = swarm._p2p._child.pid
     await swarm.close()
     write(
         folder / f"outcome-{index}.json",

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from hivetrain.errors import HubError, IntegrityError
+from hivetrain.errors import HubError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubStore, snapshot
 from hivetrain.hub.remote import RemoteRepo
-from hivetrain.hub.store import HubNotFound
 from tests.hub_fixture import HubProcess, free_port, make_manifest, running_hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -80,9 +80,7 @@ def test_gradient_score_falls_from_one_to_zero_between_the_bounds() -> None:
 
 
 tokens = st.integers(0, 10_000)
-bandwidths = st.builds(
-    Bandwidth, size_bytes=st.integers(0, 10**8), seconds=st.floats(0, 100), in_time=st.booleans()
-)
+bandwidths = st.builds(Bandwidth, size_bytes=st.integers(0, 10**8), seconds=st.floats(0, 100), in_time=st.booleans())
 check_lists = st.lists(
     st.one_of(
         st.builds(CheckResult, distance=st.floats(0, 2)),

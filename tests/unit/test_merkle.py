@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
+
+
+def sha(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def leaves(count: int) -> list[bytes]:
+    return [leaf_digest(bytes([i])) for i in range(count)]
+
+
+def test_leaf_is_hashed_under_its_own_tag() -> None:
+    assert leaf_digest(b"abc") == sha(b"\x00abc")
+    assert leaf_digest(memoryview(b"abc")) == sha(b"\x00abc")
+
+
+def test_root_of_one_leaf_by_hand() -> None:
+    (leaf,) = leaves(1)
+    assert MerkleTree([leaf]).root == sha(b"\x02", (1).to_bytes(8, "big"), leaf)
+
+
+def test_root_of_three_leaves_promotes_the_odd_one() -> None:
+    a, b, c = leaves(3)
+    top = sha(b"\x01", sha(b"\x01", a, b), c)
+    assert MerkleTree([a, b, c]).root == sha(b"\x02", (3).to_bytes(8, "big"), top)
+
+
+def test_root_of_five_leaves_as_a_golden_vector() -> None:
+    a, b, c, d, e = leaves(5)
+    top = sha(b"\x01", sha(b"\x01", sha(b"\x01", a, b), sha(b"\x01", c, d)), e)
+    root = MerkleTree([a, b, c, d, e]).root
+    assert root == sha(b"\x02", (5).to_bytes(8, "big"), top)
+    assert root.hex() == "f86be58f095ecb9403940ded65ffd1c5b90a2250e6759a86cfc24d7da53308ad"
+
+
+def test_proof_of_a_range_holds_left_before_right_from_the_leaves_up() -> None:
+    a, b, c, d, e = leaves(5)
+    tree = MerkleTree([a, b, c, d, e])
+    assert tree.range_proof(1, 3) == [a, d, e]
+    assert tree.range_proof(0, 5) == []
+    assert tree.range_proof(4, 5) == [sha(b"\x01", sha(b"\x01", a, b), sha(b"\x01", c, d))]
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 33, 64, 65])
+def test_every_range_of_every_tree_verifies(count: int) -> None:
+    all_leaves = leaves(count)
+    tree = MerkleTree(all_leaves)
+    for start in range(count):
+        for stop in range(start + 1, count + 1):
+            proof = tree.range_proof(start, stop)
+            assert verify_range(tree.root, count, start, all_leaves[start:stop], proof)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (2, 1), (-1, 1), (0, 4), (3, 4)])
+def test_range_outside_the_tree_is_refused(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="range"):
+        MerkleTree(leaves(3)).range_proof(start, stop)
+
+
+def test_tree_without_leaves_or_with_a_short_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        MerkleTree([])
+    with pytest.raises(ValueError, match="leaf 1 must be 32 bytes, got 3"):
+        MerkleTree([bytes(32), b"abc"])
+
+
+def test_two_leaf_lists_that_duplication_would_confuse_have_two_roots() -> None:
+    a, b, c = leaves(3)
+    assert MerkleTree([a, b, c]).root != MerkleTree([a, b, c, c]).root
+
+
+@st.composite
+def proofs(draw: st.DrawFn) -> tuple[bytes, int, int, list[bytes], list[bytes]]:
+    count = draw(st.integers(1, 40))
+    start = draw(st.integers(0, count - 1))
+    stop = draw(st.integers(start + 1, count))
+    all_leaves = leaves(count)
+    tree = MerkleTree(all_leaves)
+    return tree.root, count, start, all_leaves[start:stop], tree.range_proof(start, stop)
+
+
+def flip(digest: bytes, bit: int) -> bytes:
+    changed = bytearray(digest)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(proofs(), st.data())
+def test_every_mutation_is_refused(
+    opening: tuple[bytes, int, int, list[bytes], list[bytes]], data: st.DataObject
+) -> None:
+    root, count, start, digests, proof = opening
+    assert verify_range(root, count, start, digests, proof)
+    bit = data.draw(st.integers(0, 255))
+    where = data.draw(st.integers(0, len(digests) - 1))
+    changed = [*digests[:where], flip(digests[where], bit), *digests[where + 1 :]]
+    refused = [
+        verify_range(flip(root, bit), count, start, digests, proof),
+        verify_range(root, count, start, changed, proof),
+        verify_range(root, count, start, digests[:-1], proof),
+        verify_range(root, count, start, [*digests, digests[-1]], proof),
+        verify_range(root, count, start, digests, [*proof, bytes(32)]),
+        verify_range(root, count, start + 1, digests, proof),
+        verify_range(root, count, start - 1, digests, proof),
+        verify_range(root, count + 1, start, digests, proof),
+        verify_range(root, count - 1, start, digests, proof),
+        verify_range(root, count, start, [], proof),
+        verify_range(root, count, start, [digests[0][:31], *digests[1:]], proof),
+        verify_range(root[:-1], count, start, digests, proof),
+    ]
+    if len(digests) > 1:
+        refused.append(verify_range(root, count, start, [*digests[1:], digests[0]], proof))
+    for index in range(len(proof)):
+        refused.append(verify_range(root, count, start, digests, [*proof[:index], *proof[index + 1 :]]))
+        refused.append(
+            verify_range(root, count, start, digests, [*proof[:index], flip(proof[index], bit), *proof[index + 1 :]])
+        )
+    assert not any(refused)
+
+
+def test_a_node_cannot_be_shown_as_a_leaf() -> None:
+    a, b, c, d = leaves(4)
+    tree = MerkleTree([a, b, c, d])
+    left, right = sha(b"\x01", a, b), sha(b"\x01", c, d)
+    assert not verify_range(tree.root, 2, 0, [left, right], [])
