@@ -115,7 +115,7 @@ class Inner:
     """A miner's local AdamW. The learning rate warms up, then follows a cosine over ``total_steps``."""
 
     max_steps: int = 50  # H: inner steps in one round
-    lr: float = 2e-3
+    lr: float = 4e-3
     final_lr_ratio: float = 0.1
     warmup_steps: int = 10
     total_steps: int = 600

@@ -30,7 +30,6 @@ CLOSE_TIMEOUT_S = 5.0
 DHT_TIMEOUT_S = 15.0
 MAX_VALUE_BYTES = 16 << 10
 MAX_VALUES = 1024
-READ_BUFFER_BYTES = 1 << 20
 
 
 class SwarmStream:
@@ -201,10 +200,10 @@ class Swarm:
             if not self.alive:
                 raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
             raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
-        return SwarmStream(info.peer_id.to_base58(), _widen(reader), writer)
+        return SwarmStream(info.peer_id.to_base58(), reader, writer)
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = SwarmStream(info.peer_id.to_base58(), _widen(reader), writer)
+        stream = SwarmStream(info.peer_id.to_base58(), reader, writer)
         task = asyncio.current_task()
         if self._acceptor is None or task is None:
             await stream.close()
@@ -297,9 +296,3 @@ def _require_maddr(hivemind: Any, maddr: str) -> None:
 
 def _without_peer(maddr: str) -> str:
     return maddr.split("/p2p/")[0]
-
-
-def _widen(reader: asyncio.StreamReader) -> asyncio.StreamReader:
-    """Let the reader buffer whole frames: at asyncio's 64 KiB, a frame of 1 MiB pauses the socket sixteen times."""
-    reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
-    return reader

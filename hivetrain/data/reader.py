@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hivetrain.data.assignment import assigned_row_groups
+from hivetrain.data.assignment import assigned_row_groups, permute
 from hivetrain.data.index import DatasetIndex, RowGroup
 from hivetrain.errors import ConfigError, DataError, ServiceError
 from hivetrain.run import Data
@@ -160,6 +160,7 @@ class RoundData:
     digests: tuple[str, ...]  # one per row group: sha256 over its windows as little-endian int32
     batch_size: int
     accumulation: int
+    order_key: bytes  # names the permutation in which the windows are taken
 
     @property
     def digest(self) -> str:
@@ -173,6 +174,9 @@ class RoundData:
     def samples(self, step: int) -> list[tuple[int, int]]:
         """(k, window) of each sample of a step, in order: accumulation * batch_size of them.
 
+        Windows are taken in a keyed order: four neighbours of one document make a poor batch (held-out loss after
+        150 steps of the embedded default: 5.95 to 6.08 in document order, 5.25 to 5.31 in this one).
+
         Raises:
             IndexError: the windows are not enough for this step.
         """
@@ -182,7 +186,8 @@ class RoundData:
         starts = [0, *accumulate(len(windows) for windows in self.windows)]
         first = step * self._windows_per_step
         samples = []
-        for place in range(first, first + self._windows_per_step):
+        for turn in range(first, first + self._windows_per_step):
+            place = permute(self.order_key, starts[-1], turn)
             k = next(k for k in range(len(self.windows)) if place < starts[k + 1])
             samples.append((k, place - starts[k]))
         return samples
@@ -230,7 +235,14 @@ def load_round(
         digests=tuple(_digest(tokens) for tokens in windows),
         batch_size=data.batch_size,
         accumulation=data.accumulation,
+        order_key=order_key(run_id, round_number, rank),
     )
+
+
+def order_key(run_id: str, round_number: int, rank: int) -> bytes:
+    """The key of the order in which one miner takes its windows in one round."""
+    text = f"hivetrain-order/1\n{run_id}\n{round_number}\n{rank}"
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
 def load_heldout(reader: SegmentReader, index: DatasetIndex, tokenizer: PreTrainedTokenizerFast, data: Data) -> Tensor:

@@ -111,6 +111,8 @@ class Verifier:
         data = self.load_data(receipt.rank)
         if receipt.data_digests != data.digests:
             raise PeerFault(Fault.WRONG_REPLAY, "the receipt's tokens are not those of its assignment")
+        if receipt.num_steps > data.num_steps(receipt.num_steps):
+            raise PeerFault(Fault.WRONG_REPLAY, f"{receipt.num_steps} steps, its assignment holds fewer")
         self._check_link(receipt, opened[receipt.num_snapshots - 1])
         worst = 0.0
         for window in drawn.windows:

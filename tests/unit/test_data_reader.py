@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hivetrain.data.assignment import NoSlot, assigned_row_groups
+from hivetrain.data.assignment import NoSlot, assigned_row_groups, permute
 from hivetrain.data.index import DatasetIndex, RowGroup, build_index
 from hivetrain.data.reader import SegmentReader, load_heldout, load_round, pack
 from hivetrain.data.tokenizer import train_tokenizer
@@ -282,7 +282,7 @@ def test_round_holds_the_assigned_row_groups_in_order(
         assert digest == hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens)).hexdigest()
 
 
-def test_steps_take_windows_in_order_and_never_wrap(
+def test_steps_take_each_window_once_in_the_keyed_order(
     folder: Path, index: DatasetIndex, tokenizer: Any, data: Data
 ) -> None:
     got = load(folder, index, tokenizer, data)
@@ -290,12 +290,15 @@ def test_steps_take_windows_in_order_and_never_wrap(
     num_steps = got.num_steps(10**9)
     assert num_steps == len(everything) // 4 > 3
     assert got.num_steps(3) == 3
+    order = [permute(got.order_key, len(everything), turn) for turn in range(num_steps * 4)]
+    assert order != sorted(order)
     batches = torch.cat([got.batch(step).view(4, 8) for step in range(num_steps)])
-    assert torch.equal(batches, everything[: num_steps * 4])
+    assert torch.equal(batches, everything[order])
     assert got.batch(0).shape == (2, 2, 8)
     samples = [sample for step in range(num_steps) for sample in got.samples(step)]
     every = [(k, window) for k, windows in enumerate(got.windows) for window in range(len(windows))]
-    assert samples == every[: num_steps * 4]
+    assert samples == [every[place] for place in order]
+    assert len(set(samples)) == len(samples)
     assert torch.equal(
         torch.stack([got.windows[k][window] for k, window in got.samples(2)]).view(2, 2, 8), got.batch(2)
     )
