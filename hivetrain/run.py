@@ -158,15 +158,14 @@ class Averaging:
 
     strategy: Literal["allreduce"] = "allreduce"
     codec: Literal["fp32", "fp16"] = "fp32"
-    moments_codec: Literal["fp32", "fp16"] = "fp32"
+    moments_codec: Literal["fp32"] = "fp32"  # fp16 turns small second moments into 0, and AdamW divides by their root
     max_abs: float = 1e3  # a value past it is out of bound
     min_members: int = 1  # fewer senders than this: the round fails
 
     def __post_init__(self) -> None:
         _require(self.strategy == "allreduce", f"averaging.strategy must be allreduce, got {self.strategy!r}")
-        for name in ("codec", "moments_codec"):
-            value = getattr(self, name)
-            _require(value in ("fp32", "fp16"), f"averaging.{name} must be fp32 or fp16, got {value!r}")
+        _require(self.codec in ("fp32", "fp16"), f"averaging.codec must be fp32 or fp16, got {self.codec!r}")
+        _require(self.moments_codec == "fp32", f"averaging.moments_codec must be fp32, got {self.moments_codec!r}")
         _positive("averaging", max_abs=self.max_abs, min_members=self.min_members)
 
 

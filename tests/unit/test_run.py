@@ -40,6 +40,7 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, lora or full"),
         ("[adapter]\ntarget_modules = 'q_proj'", "must be a list of strings"),
         ("[averaging]\ncodec = 'zip'", "averaging.codec must be fp32 or fp16"),
+        ("[averaging]\nmoments_codec = 'fp16'", "averaging.moments_codec must be fp32"),
         ("[scoring]\nsteps_weight = 0.9", "must be 1, got"),
         ("[scoring]\ndistance_zero = 0.01", "distance_full < distance_zero"),
         ("[gates]\nquorum = 0.0", "gates.quorum must be in (0, 1]"),
