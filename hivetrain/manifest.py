@@ -58,7 +58,8 @@ class Manifest(BaseModel):
     weights: dict[Hotkey, float] = {}  # receipted samples of each sender
     faults: tuple[FaultEntry, ...] = ()
     val_loss: float  # held-out loss of this state, nats per token
-    samples: Annotated[int, Field(ge=0)] = 0  # verified samples of this epoch
+    samples: Annotated[int, Field(ge=0)] = 0  # receipted samples in this epoch's mean
+    total_samples: Annotated[int, Field(ge=0)] = 0  # the same, summed over the run
     allreduce_seconds: float = 0.0
     allreduce_bytes: Annotated[int, Field(ge=0)] = 0
     block: Annotated[int, Field(ge=0)]

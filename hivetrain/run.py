@@ -13,6 +13,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
@@ -296,6 +297,18 @@ def parse_recipe(text: str) -> Recipe:
     except tomllib.TOMLDecodeError as exc:
         raise RecipeError(f"run.toml is not valid TOML: {exc}") from exc
     return typing.cast("Recipe", _build(Recipe, table, ""))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file of the user's.
+
+    Raises:
+        RecipeError: the file cannot be read, or as in `parse_recipe`.
+    """
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"cannot read the recipe {path}: {exc}") from exc
 
 
 def _build(cls: type[Any], table: dict[str, Any], path: str) -> Any:

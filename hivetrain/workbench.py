@@ -28,7 +28,7 @@ from hivetrain.manifest import Ref
 from hivetrain.model.dora import attach_adapter
 from hivetrain.model.load import base_sha256, load_base
 from hivetrain.model.vector import FlatVector, schema_hash
-from hivetrain.run import Recipe, parse_recipe
+from hivetrain.run import Recipe, differing_fields, parse_recipe
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import InnerLoop
 from hivetrain.training.state import State, load_state, state_hash
@@ -97,8 +97,12 @@ class Workbench:
         self._open_dataset = open_dataset
         self._cache = cache
 
-    def open(self, expected_run_id: str) -> Parts:
+    def open(self, expected_run_id: str, pinned: Recipe | None = None) -> Parts:
         """Read and check the genesis epoch.
+
+        Args:
+            expected_run_id: the one on chain.
+            pinned: the recipe that the operator agreed to, where one was given.
 
         Raises:
             IntegrityError: the hub's recipe, tokenizer and state are not those whose hash is on chain.
@@ -118,6 +122,8 @@ class Workbench:
                 f"the hub's recipe, tokenizer and genesis state hash to run {found[:12]}, on chain is "
                 f"{expected_run_id[:12]}: the hub was tampered with, or --hub.repo is another run's"
             )
+        if pinned is not None and (differing := differing_fields(pinned, recipe)):
+            raise SchemaMismatch(f"the run's recipe is not the one of --neuron.recipe: {'; '.join(differing[:5])}")
         tokenizer = load_tokenizer(folder / TOKENIZER_PREFIX)
         index = parse_index((folder / INDEX_NAME).read_bytes())
         model = load_base(recipe.model, folder / BASE_PREFIX, len(tokenizer))
@@ -126,6 +132,7 @@ class Workbench:
         flat = FlatVector(adapted)
         schema = schema_hash(flat.entries, recipe)
         if schema != genesis.manifest.schema_hash:
+            load_state(_state_paths(genesis, folder), flat, base_hash)  # names the parameter that differs
             raise SchemaMismatch(
                 f"this machine builds a trainable vector of {flat.size} elements with schema {schema[:12]}, the run's "
                 f"is {genesis.manifest.schema_hash[:12]}: check the versions of peft and transformers"
@@ -156,8 +163,7 @@ class Workbench:
         """
         folder = self._cache / f"epoch-{ref.epoch}-{ref.manifest_sha256[:12]}"
         try:
-            names = [name for name in ref.manifest.files if name.endswith(".safetensors") and "/" not in name]
-            paths = self.store.fetch(ref, names, folder)
+            paths = self.store.fetch(ref, _state_paths(ref, folder), folder)
             state = load_state(paths, parts.flat, parts.base_sha256)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -183,6 +189,11 @@ class Workbench:
     def heldout_loss(self, parts: Parts, vector: Tensor) -> float:
         """Held-out loss of ``vector`` [P], nats per token."""
         return heldout_loss(parts.model, parts.flat, vector, parts.heldout, self.device)
+
+
+def _state_paths(ref: Ref, folder: Path) -> dict[str, Path]:
+    """The state's files among those of ``ref``, as they lie in ``folder``."""
+    return {name: folder / name for name in ref.manifest.files if name.endswith(".safetensors") and "/" not in name}
 
 
 __all__ = ["Parts", "Workbench", "make_layout"]

@@ -33,7 +33,7 @@ from hivetrain.manifest import Manifest
 from hivetrain.model.dora import attach_adapter
 from hivetrain.model.load import base_files, base_sha256, load_base
 from hivetrain.model.vector import FlatVector, schema_hash
-from hivetrain.run import GENESIS, Recipe, Schedule, parse_recipe, run_id
+from hivetrain.run import GENESIS, Recipe, Schedule, read_recipe, run_id
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import InnerLoop
 from hivetrain.training.state import State, genesis_state, state_files, state_hash
@@ -125,7 +125,7 @@ def make_run(
     started = time.perf_counter()
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = _read_recipe(recipe_path)
+    recipe = Recipe() if recipe_path is None else read_recipe(recipe_path)
     say("genesis: writing the corpus from Python's own documentation")
     corpus = build_corpus(folder / "corpus" / "data", heldout_row_groups=recipe.data.heldout_row_groups)
     revision = publish_dataset(endpoint, recipe.data.repo, {f"data/{p.name}": p for p in corpus}, token=token)
@@ -182,15 +182,6 @@ def make_run(
         f"genesis: run {found[:12]}, val loss {made.val_loss:.3f}, {blocks.round_blocks} blocks of {block_time_s:g} s "
         f"a round, done in {time.perf_counter() - started:.1f} s"
     )
-
-
-def _read_recipe(path: Path | None) -> Recipe:
-    if path is None:
-        return Recipe()
-    try:
-        return parse_recipe(path.read_text())
-    except OSError as exc:
-        raise ConfigError(f"--recipe: cannot read {path}: {exc.strerror}") from exc
 
 
 def _make(

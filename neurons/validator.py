@@ -61,7 +61,6 @@ class Validator(Neuron):
         """Round after round, until told to stop."""
         self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
         self.average.load()
-        self.total_samples = 0
         while not self.stopping.is_set():
             position = self.wait_for_next_round()
             if position is None:
@@ -238,7 +237,6 @@ class Validator(Neuron):
         outcome = led.done.outcome
         assert outcome is not None
         manifest = ref.manifest
-        self.total_samples += manifest.samples
         self.status.update(loss=manifest.val_loss)
         text = f"epoch {ref.epoch}: val loss {manifest.val_loss:.3f}, {len(manifest.members)} members"
         logger.info("published %s", text)
@@ -248,7 +246,7 @@ class Validator(Neuron):
         self.tracker.log(
             {
                 metrics.GLOBAL_EPOCH: ref.epoch,
-                metrics.GLOBAL_SAMPLES: self.total_samples,
+                metrics.GLOBAL_SAMPLES: manifest.total_samples,
                 metrics.VAL_LOSS: manifest.val_loss,
                 metrics.ALLREDUCE_SECONDS: outcome.seconds,
                 metrics.ALLREDUCE_BYTES_SENT: outcome.bytes_sent,

@@ -93,6 +93,9 @@ class NeuronSection(_Section):
         default=None,
         description="folder shared by the neurons of this machine (status/, events.jsonl); unset: --neuron.dir",
     )
+    recipe: Path | None = Field(
+        default=None, description="run.toml that you agreed to; the neuron refuses a run whose recipe differs"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads for PyTorch; 0: its own choice")
     timeout: float = Field(default=12.0, gt=0, le=3600, description="seconds to wait for the answer to a synapse")
     moving_average_alpha: float | None = Field(

@@ -22,6 +22,7 @@ from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.manifest import Manifest, Ref, state_message
 from hivetrain.progress import Phase, Position, phase_at
+from hivetrain.run import read_recipe
 from hivetrain.tracking import EventLog, RunInfo, StatusWriter, Trackers, make_tracker
 from hivetrain.training.state import State
 from hivetrain.workbench import Parts, Workbench
@@ -170,7 +171,8 @@ class Neuron:
             return HubDataset(endpoint=endpoint, repo=repo, revision=revision, token=token)
 
         self.bench = Workbench(store=self.store, open_dataset=open_dataset, cache=config.cache_dir, device=device)
-        self.parts: Parts = self.bench.open(self.run_id)
+        pinned = read_recipe(config.neuron.recipe) if config.neuron.recipe is not None else None
+        self.parts: Parts = self.bench.open(self.run_id, pinned)
         self.recipe = self.parts.recipe
         self.schedule = self.recipe.schedule
 

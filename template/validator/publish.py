@@ -92,6 +92,7 @@ def publish_epoch(
         ),
         val_loss=val_loss,
         samples=int(sum(weights.values())),
+        total_samples=base.manifest.total_samples + int(sum(weights.values())),
         allreduce_seconds=outcome.seconds,
         allreduce_bytes=outcome.bytes_sent + outcome.bytes_received,
         block=block,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hivetrain.errors import RecipeError
-from hivetrain.run import Data, Inner, Recipe, Schedule, Scoring, differing_fields, parse_recipe, run_id
+from hivetrain.run import Data, Inner, Recipe, Schedule, Scoring, differing_fields, parse_recipe, read_recipe, run_id
 
 
 def test_recipe_survives_a_round_trip() -> None:
@@ -50,7 +51,7 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
     ],
 )
 def test_a_bad_recipe_is_refused_and_names_the_field(text: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=".") as caught:
+    with pytest.raises(RecipeError) as caught:
         parse_recipe(text)
     assert says in str(caught.value)
 
@@ -72,3 +73,13 @@ def test_run_id_depends_on_recipe_tokenizer_and_state() -> None:
     }
     assert len(others | {base}) == 4
     assert run_id(Recipe(), "a" * 64, "b" * 64) == base
+
+
+def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*missing\.toml"):
+        read_recipe(tmp_path / "missing.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=r"binary\.toml"):
+        read_recipe(tmp_path / "binary.toml")
+    (tmp_path / "run.toml").write_text(Recipe().to_toml())
+    assert read_recipe(tmp_path / "run.toml") == Recipe()
