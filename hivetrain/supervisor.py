@@ -2,9 +2,10 @@
 
 Three things together leave no orphan, whatever is killed:
 
-- each child leads its own session, so that one signal reaches its whole process group, hivemind's p2pd and
-  data workers included; when the child dies by itself, the rest of its group is killed before it is reaped
-  (until then its number cannot be given to another process);
+- each child leads its own session, so that one SIGKILL reaches its whole process group, hivemind's p2pd and
+  data workers included: when the child ends, however it ends, the rest of its group is killed before it is reaped
+  (until then its number cannot be given to another process). SIGTERM goes to the child alone, which takes down its
+  own helpers: a p2pd that died first would leave a neuron to wait for it until its time is up;
 - the kernel kills each child when we die (``PR_SET_PDEATHSIG``), which covers the child, not its children;
 - a *guardian* process holds the other end of a pipe and knows every group. Our death closes the pipe, however
   we die, and the guardian kills the groups.
@@ -199,7 +200,7 @@ class Supervisor:
             raise ServiceError(self._obituary(child, f"{spec.name} failed with {_status(child.exit_code)}"))
 
     async def stop(self, names: Iterable[str]) -> None:
-        """Stop children at the same time: SIGTERM to each group, SIGKILL after its ``stop_timeout_s``."""
+        """Stop children at the same time: SIGTERM to each, SIGKILL to its group after its ``stop_timeout_s``."""
         await asyncio.gather(*(self._stop(self.children[name]) for name in names if name in self.children))
 
     async def close(self) -> None:
@@ -300,7 +301,8 @@ class Supervisor:
         if child._task is None or child._task.done():
             return
         if child._process is not None:
-            _signal_group(child.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
         await asyncio.wait([child._task], timeout=child.spec.stop_timeout_s)
         if not child._task.done() and child._process is not None:
             logger.warning("%s did not stop within %.0f s: killed", child.spec.name, child.spec.stop_timeout_s)

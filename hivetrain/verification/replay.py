@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hivetrain import run
 from hivetrain.training.inner import Batches, InnerLoop, TrainingDiverged
 from hivetrain.training.state import Snapshot, State, at_snapshot
 
@@ -99,12 +98,3 @@ def replay_window(
 
 def _tensors(snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     return snapshot.vector, snapshot.exp_avg, snapshot.exp_avg_sq
-
-
-def gradient_score(distance: float, scoring: run.Scoring) -> float:
-    """1 up to ``distance_full``, then linear down to 0 at ``distance_zero``; 0 for NaN."""
-    if math.isnan(distance) or distance >= scoring.distance_zero:
-        return 0.0
-    if distance <= scoring.distance_full:
-        return 1.0
-    return (scoring.distance_zero - distance) / (scoring.distance_zero - scoring.distance_full)

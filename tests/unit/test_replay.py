@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hivetrain.errors import DataError
 from hivetrain.model import assemble
-from hivetrain.run import Data, Inner, Model, Recipe, Scoring
+from hivetrain.run import Data, Inner, Model, Recipe
 from hivetrain.training import InnerLoop, RoundWork, Snapshot, State, genesis_state, learning_rate
-from hivetrain.verification.replay import gradient_score, relative_l2, replay_window
+from hivetrain.verification.replay import relative_l2, replay_window
 
 RECIPE = Recipe(
     model=Model(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128),
@@ -274,9 +274,3 @@ def test_huge_but_finite_values_do_not_overflow_into_a_pass() -> None:
     huge = torch.full((4,), 3e38)
     assert relative_l2(torch.zeros(4), huge, torch.zeros(4)) == pytest.approx(1.0)
     assert relative_l2(-huge, huge, torch.zeros(4)) == math.inf
-
-
-def test_the_score_is_full_up_to_one_bound_and_nothing_from_the_other() -> None:
-    scoring = Scoring(distance_full=0.05, distance_zero=0.08)
-    scores = [gradient_score(d, scoring) for d in (0.0, 0.05, 0.065, 0.08, 1.0, math.inf, math.nan)]
-    assert scores == pytest.approx([1, 1, 0.5, 0, 0, 0, 0])
