@@ -113,6 +113,9 @@ class Workbench:
         if genesis is None:
             raise IntegrityError("the hub has no epoch 0: run genesis, or check --hub.endpoint and --hub.repo")
         folder = self._cache / "genesis"
+        for name in (RECIPE_NAME, INDEX_NAME):
+            if name not in genesis.manifest.files:
+                raise IntegrityError(f"the hub's epoch 0 holds no {name}: it is not the genesis of a run")
         self.store.fetch(genesis, genesis.manifest.files, folder)
         recipe = parse_recipe((folder / RECIPE_NAME).read_text())
         tokens_sha = tokenizer_sha256(folder / TOKENIZER_PREFIX)

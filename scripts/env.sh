@@ -58,3 +58,35 @@ ensure_venv() {
         wanted_stamp >"$stamp"
     )
 }
+
+# Run neurons/$1.py with the other arguments, and start it again when it ends.
+keep_running() {
+    local role="$1" delay=1 started status
+    shift
+    child=""
+    trap stop_child INT TERM
+    while true; do
+        started=$SECONDS
+        "$VENV/bin/python" "$ROOT/neurons/$role.py" "$@" &
+        child=$!
+        wait "$child"
+        status=$?
+        child=""
+        # 2: a setting that cannot work, already explained; 0: asked for (--help, or SIGTERM to the neuron itself)
+        case "$status" in 0 | 2) exit "$status" ;; esac
+        if [ $((SECONDS - started)) -ge 60 ]; then delay=1; fi
+        echo "$(date '+%F %T') $role ended with status $status, started again in $delay s" >&2
+        sleep "$delay" &
+        child=$!
+        wait "$child"
+        child=""
+        delay=$((delay < 60 ? delay * 2 : 60))
+    done
+}
+
+stop_child() {
+    trap - INT TERM
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+    wait "$child" 2>/dev/null
+    exit 0
+}

@@ -23,10 +23,11 @@ MAX_ANCHOR_BYTES = 512
 class Anchor(BaseModel):
     """The content of one hotkey's commitment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     peer_id: Annotated[str, Field(max_length=64)] = ""
-    maddrs: Annotated[tuple[Annotated[str, Field(max_length=120)], ...], Field(max_length=4)] = ()
+    # An empty address would travel into the leader's plan, which every member then refuses.
+    maddrs: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=120)], ...], Field(max_length=4)] = ()
     run_id: Annotated[bytes, Field(max_length=32)] = b""
     epoch: Annotated[int, Field(ge=-1, lt=2**40)] = -1  # -1: stands for none
     manifest: Annotated[bytes, Field(max_length=32)] = b""  # raw sha256 of the manifest file
@@ -51,7 +52,9 @@ def parse_anchor(raw: bytes) -> Anchor:
         PeerFault: MALFORMED.
     """
     try:
-        fields = msgpack.unpackb(raw[: MAX_ANCHOR_BYTES + 1], strict_map_key=True)
+        if len(raw) > MAX_ANCHOR_BYTES:
+            raise ValueError(f"{len(raw)} bytes, the limit is {MAX_ANCHOR_BYTES}")
+        fields = msgpack.unpackb(raw, strict_map_key=True)
         if not isinstance(fields, dict) or set(fields) != {"p", "a", "r", "e", "m"}:
             raise ValueError("not an anchor's keys")
         if not isinstance(fields["a"], list):
@@ -115,11 +118,15 @@ def find_base(
     for candidate in found:
         epoch, digest = candidate.epoch, candidate.manifest_sha256
         young = candidate.block >= before_block
-        ref = resolve(epoch)
-        if ref is not None and young and ref.manifest_sha256 == digest and epoch > 0:
-            # Anchored after this round began: its parent is what everybody could see in time.
-            epoch, digest = epoch - 1, ref.manifest.parent
+        try:
             ref = resolve(epoch)
+            if ref is not None and young and ref.manifest_sha256 == digest and epoch > 0:
+                # Anchored after this round began: its parent is what everybody could see in time.
+                epoch, digest = epoch - 1, ref.manifest.parent
+                ref = resolve(epoch)
+        except IntegrityError as exc:
+            reasons.append(f"epoch {epoch}: {exc}")
+            continue
         if ref is None:
             reasons.append(f"epoch {epoch} has no tag on the hub")
         elif ref.manifest_sha256 != digest:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PLAN_BYTES = 1 << 20
 CALL_LIMIT_S = 600.0
+MAX_DEADLINE_S = CALL_LIMIT_S - 20.0
+"""The model's thread waits for the exchange: a leader may not hold it for longer than its call can last."""
 
 
 def spec_version() -> int:
@@ -178,6 +180,8 @@ class Handlers:
             return f"another run: {synapse.run_id[:12]}, here {self._run_id[:12]}"
         if (plan.round, plan.attempt) != (synapse.round, synapse.attempt):
             return f"plan is of round {plan.round}.{plan.attempt}, the call of {synapse.round}.{synapse.attempt}"
+        if plan.deadline_s > MAX_DEADLINE_S:
+            return f"deadline {plan.deadline_s:g} s, the limit is {MAX_DEADLINE_S:g} s"
         if plan.layout != self._layout:
             return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
         if synapse.round != report.round:

@@ -58,7 +58,7 @@ class NetworkThread:
         """Run ``work`` on the loop and wait for it.
 
         Raises:
-            ServiceError: it took longer than ``timeout_s``; it is cancelled.
+            ServiceError: it took longer than ``timeout_s``, and is cancelled; or the thread was closed.
         """
         future = self.submit(work)
         try:
@@ -68,6 +68,8 @@ class NetworkThread:
                 raise
             future.cancel()
             raise ServiceError(f"network work took longer than {timeout_s:.1f} s") from None
+        except concurrent.futures.CancelledError:
+            raise ServiceError("the network thread was closed") from None
 
     def close(self) -> None:
         """Cancel what runs and stop the thread."""

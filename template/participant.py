@@ -19,6 +19,7 @@ from template.protocol import AllReduceReply, Link, MemberFault
 
 logger = logging.getLogger(__name__)
 
+MAX_FAULTS = 1024  # what an AllReduceReply holds
 GRACE_S = 5.0
 """How much longer than the plan's deadline the model's thread waits for the network's."""
 
@@ -57,7 +58,7 @@ def take_part(
     work = all_reduce(plan, identity, payload, transport, verify)
     try:
         outcome = network.run(work, plan.deadline_s + GRACE_S)
-    except ServiceError as exc:
+    except (ServiceError, ValueError) as exc:  # ValueError: the plan has us at another peer id, or another payload
         logger.warning("all-reduce of round %d could not run here: %s", plan.round, exc)
         return Participation(outcome=None, state=None, detail=str(exc))
     if not outcome.complete:
@@ -98,7 +99,7 @@ def make_reply(plan: GroupPlan, done: Participation) -> AllReduceReply:
         included=dict(outcome.included),
         faults=tuple(
             MemberFault(hotkey=fault.hotkey, fault=fault.fault.value, detail=fault.detail[:500])
-            for fault in outcome.faults
+            for fault in outcome.faults[:MAX_FAULTS]
             if fault.hotkey  # a stranger who proved no hotkey is in the log, not in the blame
         ),
         bytes_sent=outcome.bytes_sent,

@@ -54,7 +54,7 @@ class Receipt(BaseModel):
     payload_root: Sha256
     num_chunks: Annotated[int, Field(ge=1)]
     remainder_root: Sha256 = NO_REMAINDER
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{0,256}$")] = ""
+    signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,128}$")] = ""
 
     def signed_bytes(self) -> bytes:
         """What the miner signs: every field but the signature, canonical JSON behind a tag."""
@@ -88,8 +88,9 @@ def parse_receipt(raw: bytes, *, hotkey: str, verify: Verify) -> Receipt:
     try:
         receipt = Receipt.model_validate_json(raw)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        raise PeerFault(Fault.MALFORMED, f"receipt field {'.'.join(map(str, first['loc']))}: {first['msg']}") from exc
+        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))[:100]  # an unknown field's name is the stranger's, however long
+        raise PeerFault(Fault.MALFORMED, f"receipt field {where!r}: {first['msg'][:150]}") from exc
     if receipt.hotkey != hotkey:
         raise PeerFault(Fault.BAD_SIGNATURE, f"receipt is {receipt.hotkey}'s, expected {hotkey}'s")
     if not verify(hotkey, receipt.signed_bytes(), bytes.fromhex(receipt.signature)):

@@ -70,9 +70,7 @@ def make_plan(
         for hotkey, receipt in sorted(receipts.items())
         if weights.get(hotkey, 0.0) > 0 and hotkey in anchors and anchors[hotkey].peer_id
     ]
-    if len(members) < parts.recipe.averaging.min_members:
-        return None
-    members += [
+    seats = [
         Member(
             hotkey=hotkey,
             peer_id=anchors[hotkey].peer_id,
@@ -83,11 +81,14 @@ def make_plan(
         for hotkey in sitting
         if hotkey in anchors and anchors[hotkey].peer_id
     ]
+    distinct = _distinct(seats, members)
+    if sum(member.sends for member in distinct) < parts.recipe.averaging.min_members:
+        return None
     return GroupPlan(
         run_id=parts.run_id,
         round=round_number,
         attempt=attempt,
-        members=_distinct(members),
+        members=distinct,
         layout=parts.layout,
         send_deadline_s=duration_s / 2,
         deadline_s=duration_s,
@@ -95,17 +96,20 @@ def make_plan(
     )
 
 
-def _distinct(members: Sequence[Member]) -> tuple[Member, ...]:
-    """Two hotkeys that name one peer id: the first of them keeps it."""
+def _distinct(seats: Sequence[Member], senders: Sequence[Member]) -> tuple[Member, ...]:
+    """Senders, then seats. Of those that name one peer id one stays: a seat before a sender, else the first.
+
+    Seats come first because a miner that copies a validator's peer id would otherwise put the leader out of its group.
+    """
     seen: set[str] = set()
     kept = []
-    for member in members:
+    for member in (*seats, *senders):
         if member.peer_id in seen:
             logger.warning("%s names another member's peer id and is left out", member.hotkey[:8])
             continue
         seen.add(member.peer_id)
         kept.append(member)
-    return tuple(kept)
+    return tuple(sorted(kept, key=lambda member: not member.sends))
 
 
 def make_synapse(plan: GroupPlan, base_manifest: str) -> AllReduce:

@@ -3,17 +3,23 @@
 The draw derives from a block hash that nobody knew when receipts were signed, both hotkeys, and coins to which
 this validator committed before. Two checks: the window check replays inner steps from an opened snapshot; the
 link check recomputes the encoded chunks byte for byte from the opened final snapshot.
+
+All who are drawn are asked at once and judged as their answers come, so that a miner which keeps us waiting
+delays nobody's check but its own, and nothing waits past VERIFY.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hivetrain.contribution import codec_seed, encode_payload
+from hivetrain.data.assignment import NoSlot
 from hivetrain.data.reader import RoundData
 from hivetrain.errors import Fault, PeerFault, ServiceError
 from hivetrain.run import Scoring
@@ -23,13 +29,19 @@ from hivetrain.verification.merkle import MerkleTree
 from hivetrain.verification.receipt import Receipt, check_opening, decode_snapshot, snapshot_size_bytes, snapshot_steps
 from hivetrain.verification.replay import replay_window
 from hivetrain.workbench import Parts
-from template.dendrite import Dendrite, Failure, PeerAddress
+from template.dendrite import Dendrite, Failure, PeerAddress, Reply
 from template.network import NetworkThread
-from template.protocol import Opening, Train
+from template.protocol import Opening, Train, TrainReply
 
 logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 60.0
+OPEN_PATIENCE_S = 2.0
+"""Who was asked less than this before VERIFY ended had no fair chance to answer."""
+MAX_OPENING = 16
+"""Miners that open at once: their answers, some snapshots each, are held in memory."""
+POLL_S = 0.25
+SILENT = frozenset({Failure.UNREACHABLE, Failure.TIMEOUT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +64,13 @@ class Draw:
 def draw(*, block_hash: str, validator: str, miner: str, coins: bytes, num_snapshots: int, scoring: Scoring) -> Draw:
     """What the coins say for one miner; recomputable by anyone once they are revealed."""
     seed = hashlib.sha256(f"hivetrain-challenge/1\n{block_hash}\n{validator}\n{miner}\n".encode() + coins).digest()
-    checked, whole, window = (int.from_bytes(seed[i : i + 8], "big") / 2**64 for i in (0, 8, 16))
+    checked, whole = (int.from_bytes(seed[i : i + 8], "big") / 2**64 for i in (0, 8))
+    window = int.from_bytes(seed[16:24], "big") * num_snapshots >> 64  # in integers: a float can round up to 1
     if checked >= scoring.check_share:
         return Draw(hotkey=miner, windows=())
     if whole < scoring.whole_round_share:
         return Draw(hotkey=miner, windows=tuple(range(num_snapshots)))
-    return Draw(hotkey=miner, windows=(math.floor(window * num_snapshots),))
+    return Draw(hotkey=miner, windows=(window,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,33 +95,84 @@ class Verifier:
 
     def check(self, receipts: Mapping[str, Receipt], draws: Mapping[str, Draw]) -> dict[str, CheckResult | None]:
         """Check who was drawn; None where our own side failed or ran out of time."""
-        results: dict[str, CheckResult | None] = {}
-        for hotkey, drawn in draws.items():
-            if not drawn.windows:
-                continue
-            if not self.in_time():
-                logger.info("no time left to check %s", hotkey[:8])
-                results[hotkey] = None
-                continue
-            try:
-                results[hotkey] = self.check_one(receipts[hotkey], drawn)
-            except PeerFault as exc:
-                results[hotkey] = CheckResult(fault=exc.fault, detail=exc.detail)
-            except ServiceError as exc:
-                logger.warning("cannot check %s: %s", hotkey[:8], exc)
-                results[hotkey] = None
-            logger.info("check of %s: %s", hotkey[:8], results[hotkey])
+        drawn = [hotkey for hotkey, one in draws.items() if one.windows]
+        results: dict[str, CheckResult | None] = dict.fromkeys(drawn)
+        asked: dict[str, float] = {}
+        silent: set[str] = set()
+        pending = self._ask_all([(receipts[hotkey], draws[hotkey]) for hotkey in drawn], asked)
+        try:
+            while pending and self.in_time():
+                done, _ = concurrent.futures.wait(
+                    pending, timeout=POLL_S, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for call in list(done)[:1]:  # one by one: a replay takes its time
+                    hotkey = pending.pop(call)
+                    reply = call.result()
+                    if reply.failure in SILENT:
+                        silent.add(hotkey)
+                    results[hotkey] = self._judge(receipts[hotkey], draws[hotkey], reply)
+            for call, hotkey in pending.items():
+                if not call.done() and time.monotonic() - asked.get(hotkey, time.monotonic()) >= OPEN_PATIENCE_S:
+                    silent.add(hotkey)
+                    results[hotkey] = CheckResult(fault=Fault.REFUSED, detail="did not open its snapshots in time")
+        finally:
+            for call in pending:
+                call.cancel()
+        if len(silent) > 1 and silent == set(drawn):
+            # Not one of several answered: more likely it is our own line.
+            results = dict.fromkeys(drawn)
+        for hotkey, result in results.items():
+            logger.info("check of %s: %s", hotkey[:8], result or "not done here")
         return results
 
-    def check_one(self, receipt: Receipt, drawn: Draw) -> CheckResult:
-        """Open, replay, compare.
+    def _ask_all(
+        self, drawn: Sequence[tuple[Receipt, Draw]], asked: dict[str, float]
+    ) -> dict[concurrent.futures.Future[Reply[TrainReply]], str]:
+        """A call under way for each; when it really began goes into ``asked``."""
+        if not self.in_time():
+            return {}
+        places = asyncio.Semaphore(MAX_OPENING)
+
+        async def ask(receipt: Receipt, one: Draw) -> Reply[TrainReply]:
+            async with places:
+                asked[receipt.hotkey] = time.monotonic()
+                return await self._call(receipt, one)
+
+        try:
+            return {self.network.submit(ask(receipt, one)): receipt.hotkey for receipt, one in drawn}
+        except ServiceError as exc:
+            logger.warning("cannot check anybody: %s", exc)
+            return {}
+
+    async def _call(self, receipt: Receipt, one: Draw) -> Reply[TrainReply]:
+        wanted = one.snapshots(receipt.num_snapshots)
+        synapse = Train(run_id=receipt.run_id, round=receipt.round, want="open", snapshots=wanted, coins=self.coins)
+        limit = len(wanted) * (snapshot_size_bytes(self.parts.flat.size) + 4096) + 65536
+        return await self.dendrite.call(
+            self.address(receipt.hotkey), synapse, timeout_s=OPEN_TIMEOUT_S, max_reply_bytes=limit
+        )
+
+    def _judge(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> CheckResult | None:
+        try:
+            return self.check_one(receipt, drawn, reply)
+        except PeerFault as exc:
+            return CheckResult(fault=exc.fault, detail=exc.detail)
+        except ServiceError as exc:
+            logger.warning("cannot check %s: %s", receipt.hotkey[:8], exc)
+            return None
+
+    def check_one(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> CheckResult:
+        """Take the opened snapshots, replay, compare.
 
         Raises:
-            PeerFault: REFUSED, NOT_COMMITTED, WRONG_REPLAY and what decoding may find.
+            PeerFault: REFUSED, NOT_COMMITTED or WRONG_REPLAY.
             ServiceError: our data or our line failed.
         """
-        opened = self._open(receipt, drawn)
-        data = self.load_data(receipt.rank)
+        opened = self._opened(receipt, drawn, reply)
+        try:
+            data = self.load_data(receipt.rank)
+        except NoSlot as exc:
+            raise PeerFault(Fault.WRONG_REPLAY, f"a receipt without an assignment: {exc}") from exc
         if receipt.data_digests != data.digests:
             raise PeerFault(Fault.WRONG_REPLAY, "the receipt's tokens are not those of its assignment")
         if receipt.num_steps > data.num_steps(receipt.num_steps):
@@ -131,19 +195,12 @@ class Verifier:
             )
         return CheckResult(distance=worst, detail=detail)
 
-    def _open(self, receipt: Receipt, drawn: Draw) -> dict[int, Snapshot]:
-        wanted = drawn.snapshots(receipt.num_snapshots)
-        synapse = Train(run_id=receipt.run_id, round=receipt.round, want="open", snapshots=wanted, coins=self.coins)
-        num_params = self.parts.flat.size
-        limit = len(wanted) * (snapshot_size_bytes(num_params) + 4096) + 65536
-        call = self.dendrite.call(
-            self.address(receipt.hotkey), synapse, timeout_s=OPEN_TIMEOUT_S, max_reply_bytes=limit
-        )
-        reply = self.network.run(call, OPEN_TIMEOUT_S + 5)
+    def _opened(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> dict[int, Snapshot]:
         if reply.failure is Failure.OURS:
             raise ServiceError(reply.detail)
         if reply.reply is None:
             raise PeerFault(Fault.REFUSED, f"did not open its snapshots: {reply.detail}")
+        wanted = drawn.snapshots(receipt.num_snapshots)
         by_index = {opening.index: opening for opening in reply.reply.openings}
         if set(by_index) != set(wanted):
             raise PeerFault(
@@ -153,10 +210,16 @@ class Verifier:
 
     def _decode(self, receipt: Receipt, opening: Opening) -> Snapshot:
         check_opening(receipt, opening.index, opening.payload, opening.proof)
-        snapshot = decode_snapshot(opening.payload, self.parts.flat.size)
+        # From here on it signed these bytes: what is wrong with them is a lie, not an accident of the wire.
+        try:
+            snapshot = decode_snapshot(opening.payload, self.parts.flat.size)
+        except PeerFault as exc:
+            raise PeerFault(Fault.WRONG_REPLAY, f"committed to something that is no snapshot: {exc.detail}") from exc
         want = snapshot_steps(receipt.num_steps, self.parts.recipe.inner.snapshot_every)[opening.index]
         if snapshot.step != want:
-            raise PeerFault(Fault.MALFORMED, f"snapshot {opening.index} is of step {snapshot.step}, expected {want}")
+            raise PeerFault(
+                Fault.WRONG_REPLAY, f"committed snapshot {opening.index} is of step {snapshot.step}, expected {want}"
+            )
         return snapshot
 
     def _check_link(self, receipt: Receipt, final: Snapshot) -> None:

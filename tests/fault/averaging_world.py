@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from torch import Tensor
 
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
@@ -17,29 +15,12 @@ from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
 from hivetrain.errors import ServiceError
 from hivetrain.verification.merkle import MerkleTree
+from tests.keys import TestIdentity as Key
+from tests.keys import verify
 
 torch.set_num_threads(1)
 
 SIZES = {"delta": 3 * 4096 + 100, "exp_avg": 2 * 4096, "exp_avg_sq": 2 * 4096 + 7}
-
-
-class Key:
-    """An Ed25519 identity; the hotkey is its public key in hex."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = Ed25519PrivateKey.from_private_bytes(seed.to_bytes(32, "big"))
-        self.hotkey = self._key.public_key().public_bytes_raw().hex()
-
-    def sign(self, message: bytes) -> bytes:
-        return self._key.sign(message)
-
-
-def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def make_layout(codec: str = "fp32", scale: int = 1) -> PayloadLayout:

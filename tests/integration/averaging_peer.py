@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from hivetrain.averaging.butterfly import all_reduce
 from hivetrain.averaging.codecs import Bytes
@@ -27,26 +25,11 @@ from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.averaging.swarm import Swarm
 from hivetrain.averaging.transport import Stream
 from hivetrain.verification.merkle import MerkleTree
+from tests.keys import TestIdentity as Key
+from tests.keys import verify
 
 SECTIONS = ("delta", "exp_avg", "exp_avg_sq")
 SEND_DEADLINE_S, DEADLINE_S = 20.0, 40.0
-
-
-class Key:
-    def __init__(self, seed: int) -> None:
-        self._key = Ed25519PrivateKey.from_private_bytes(seed.to_bytes(32, "big"))
-        self.hotkey = self._key.public_key().public_bytes_raw().hex()
-
-    def sign(self, message: bytes) -> bytes:
-        return self._key.sign(message)
-
-
-def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 class DoomedSwarm(Swarm):
