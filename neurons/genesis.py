@@ -154,7 +154,9 @@ def make_run(
     say("genesis: publishing epoch 0")
     store = HubStore(endpoint=endpoint, repo=made.recipe.hub.repo, token=token)
     ref = store.publish(sign_manifest(manifest, identity), made.files)
-    anchor = Anchor(run_id=bytes.fromhex(found), epoch=0, manifest=bytes.fromhex(ref.manifest_sha256))
+    anchor = Anchor(
+        run_id=bytes.fromhex(found), repo=made.recipe.hub.repo, epoch=0, manifest=bytes.fromhex(ref.manifest_sha256)
+    )
     with Chain(network="local", netuid=NETUID, wallet=owner, chain_endpoint=chain_endpoint) as chain:
         chain.commit(anchor.to_bytes())
     record = {

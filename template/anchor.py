@@ -29,6 +29,7 @@ class Anchor(BaseModel):
     # An empty address would travel into the leader's plan, which every member then refuses.
     maddrs: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=120)], ...], Field(max_length=4)] = ()
     run_id: Annotated[bytes, Field(max_length=32)] = b""
+    repo: Annotated[str, Field(max_length=96, pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""  # the run's on the hub
     epoch: Annotated[int, Field(ge=-1, lt=2**40)] = -1  # -1: stands for none
     manifest: Annotated[bytes, Field(max_length=32)] = b""  # raw sha256 of the manifest file
 
@@ -38,7 +39,14 @@ class Anchor(BaseModel):
         Raises:
             ValueError: longer than a commitment may be; announce fewer addresses.
         """
-        fields = {"p": self.peer_id, "a": list(self.maddrs), "r": self.run_id, "e": self.epoch, "m": self.manifest}
+        fields = {
+            "p": self.peer_id,
+            "a": list(self.maddrs),
+            "r": self.run_id,
+            "h": self.repo,
+            "e": self.epoch,
+            "m": self.manifest,
+        }
         raw: bytes = msgpack.packb(fields)
         if len(raw) > MAX_ANCHOR_BYTES:
             raise ValueError(f"a commitment holds {MAX_ANCHOR_BYTES} bytes, got {len(raw)}: announce fewer addresses")
@@ -55,12 +63,17 @@ def parse_anchor(raw: bytes) -> Anchor:
         if len(raw) > MAX_ANCHOR_BYTES:
             raise ValueError(f"{len(raw)} bytes, the limit is {MAX_ANCHOR_BYTES}")
         fields = msgpack.unpackb(raw, strict_map_key=True)
-        if not isinstance(fields, dict) or set(fields) != {"p", "a", "r", "e", "m"}:
+        if not isinstance(fields, dict) or set(fields) != {"p", "a", "r", "h", "e", "m"}:
             raise ValueError("not an anchor's keys")
         if not isinstance(fields["a"], list):
             raise ValueError("addresses are not a list")
         return Anchor(
-            peer_id=fields["p"], maddrs=tuple(fields["a"]), run_id=fields["r"], epoch=fields["e"], manifest=fields["m"]
+            peer_id=fields["p"],
+            maddrs=tuple(fields["a"]),
+            run_id=fields["r"],
+            repo=fields["h"],
+            epoch=fields["e"],
+            manifest=fields["m"],
         )
     except (ValueError, ValidationError, msgpack.UnpackException) as exc:
         raise PeerFault(Fault.MALFORMED, f"commitment is not an anchor: {exc}") from exc
@@ -75,6 +88,20 @@ def parse_anchors(commitments: Mapping[str, ChainCommitment]) -> dict[str, tuple
         except PeerFault:
             continue  # a stranger's commitment of another kind is nobody's fault
     return anchors
+
+
+def voted_run(anchors: Mapping[str, tuple[int, Anchor]], stakes: Mapping[str, float]) -> tuple[str, str] | None:
+    """``(run id, repo)`` behind which permitted validators hold the most stake, or None when nobody names a run.
+
+    Args:
+        stakes: of every permitted validator, by hotkey.
+    """
+    votes: dict[tuple[str, str], float] = {}
+    for hotkey, (_, anchor) in anchors.items():
+        if hotkey in stakes and len(anchor.run_id) == 32 and anchor.repo:
+            run = (anchor.run_id.hex(), anchor.repo)
+            votes[run] = votes.get(run, 0.0) + stakes[hotkey]
+    return max(sorted(votes), key=lambda run: votes[run]) if votes else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from hivetrain.tracking import EventLog, RunInfo, StatusWriter, Trackers, make_t
 from hivetrain.training.state import State
 from hivetrain.workbench import Parts, Workbench
 from template.access import AccessPolicy, NeuronFacts
-from template.anchor import Anchor, candidates, find_base, parse_anchors
+from template.anchor import Anchor, candidates, find_base, parse_anchors, voted_run
 from template.axon import Axon
 from template.blocks import BlockWatcher
 from template.board import AllReduceTask, Board
@@ -164,8 +164,8 @@ class Neuron:
         config = self.config
         endpoint = config.hub.endpoint or DEFAULT_HUB
         token = self.secrets.hub_token
-        self.run_id, repo = self._run_on_chain()
-        self.store = HubStore(endpoint=endpoint, repo=config.hub.repo or repo, token=token)
+        self.run_id, self._repo = self._run_on_chain()
+        self.store = HubStore(endpoint=endpoint, repo=config.hub.repo or self._repo, token=token)
 
         def open_dataset(repo: str, revision: str) -> DatasetFiles:
             return HubDataset(endpoint=endpoint, repo=repo, revision=revision, token=token)
@@ -177,18 +177,13 @@ class Neuron:
         self.schedule = self.recipe.schedule
 
     def _run_on_chain(self) -> tuple[str, str]:
-        """The run id that permitted validators commit to, and the default repo."""
-        anchors = parse_anchors(self.chain.commitments())
-        stakes = self.validators()
-        votes: dict[str, float] = {}
-        for hotkey, (_, anchor) in anchors.items():
-            if hotkey in stakes and len(anchor.run_id) == 32:
-                votes[anchor.run_id.hex()] = votes.get(anchor.run_id.hex(), 0.0) + stakes[hotkey]
-        if not votes:
+        """Id and repo of the run that the validators with the most stake stand for."""
+        run = voted_run(parse_anchors(self.chain.commitments()), self.validators())
+        if run is None:
             raise ConfigError(
                 f"no validator of subnet {self.config.netuid} has committed to a run yet; run genesis first"
             )
-        return max(sorted(votes), key=lambda run: votes[run]), "hivetrain/model"
+        return run
 
     def _open_network(self) -> None:
         config = self.config
@@ -305,13 +300,12 @@ class Neuron:
         anchor = Anchor(
             peer_id=self.swarm.peer_id,
             maddrs=tuple(self.swarm.visible_maddrs())[:2],
-            run_id=old.run_id,
+            run_id=bytes.fromhex(self.run_id),
+            repo=self._repo,
             epoch=old.epoch if epoch is None else epoch,
             manifest=old.manifest if manifest is None else bytes.fromhex(manifest),
         )
         if anchor != old:
-            if anchor.epoch >= 0 and not anchor.run_id:
-                anchor = anchor.model_copy(update={"run_id": bytes.fromhex(self.run_id)})
             self.chain.commit(anchor.to_bytes())
 
     def leaders(self, round_number: int) -> list[str]:
