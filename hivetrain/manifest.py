@@ -42,7 +42,7 @@ class FaultEntry(BaseModel):
 class Manifest(BaseModel):
     """One epoch. See `docs/protocol.md`, "Manifest"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
     run_id: Sha256
@@ -55,7 +55,7 @@ class Manifest(BaseModel):
     base_epoch: Annotated[int, Field(ge=0)] = 0  # the epoch whose tag holds recipe, tokenizer, index and base model
     files: dict[str, FileEntry]
     members: tuple[Hotkey, ...] = ()  # senders whose vector is in the mean
-    weights: dict[Hotkey, float] = {}  # receipted samples of each sender
+    weights: dict[Hotkey, Annotated[float, Field(ge=0)]] = {}  # receipted samples of each sender
     faults: tuple[FaultEntry, ...] = ()
     val_loss: float  # held-out loss of this state, nats per token
     samples: Annotated[int, Field(ge=0)] = 0  # receipted samples in this epoch's mean

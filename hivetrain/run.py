@@ -21,6 +21,7 @@ import tomli_w
 from hivetrain.errors import RecipeError
 
 CHUNK_ELEMENTS = 4096
+MAX_SNAPSHOTS = 64  # what one Train synapse can ask a miner to open
 GENESIS = "genesis"
 """Written for a model or tokenizer that genesis makes itself, instead of a hub name."""
 
@@ -270,6 +271,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name must not be empty")
+        num_snapshots = -(-self.inner.max_steps // self.inner.snapshot_every)
+        _require(
+            num_snapshots <= MAX_SNAPSHOTS,
+            f"inner.max_steps / inner.snapshot_every must be <= {MAX_SNAPSHOTS} snapshots, got {num_snapshots}",
+        )
 
     def to_toml(self) -> str:
         """The canonical text: every field, in declaration order."""

@@ -61,11 +61,11 @@ def up(
     ] = None,
 ) -> None:
     """Run a whole network on this machine: chain, hub, dashboard, miners and validators."""
-    from neurons.plan import UpOptions
+    from neurons.plan import UpOptions, local_recipe
     from neurons.up import run_up
 
     if recipe is not None:
-        _check_recipe(recipe)
+        local_recipe(recipe)
     options = UpOptions(
         dir=dir.expanduser().absolute(),
         num_miners=miners,
@@ -85,17 +85,6 @@ def up(
     raise typer.Exit(run_up(options))
 
 
-def _check_recipe(path: Path) -> None:
-    from hivetrain.run import parse_recipe
-
-    try:
-        parse_recipe(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"--recipe: cannot read {path}: {exc}") from exc
-    except ConfigError as exc:
-        raise ConfigError(f"--recipe {path}: {exc}") from exc
-
-
 @app.command()
 def status(dir: DirOption = DEFAULT_DIR, as_json: JsonOption = False) -> None:
     """Show the neurons of a network, from any terminal."""
@@ -105,11 +94,12 @@ def status(dir: DirOption = DEFAULT_DIR, as_json: JsonOption = False) -> None:
 
     from hivetrain.tracking.status import read_statuses
     from neurons.plan import holder_pid
+    from neurons.report import with_scores
     from neurons.screen import print_status
 
     pid = holder_pid(dir)
     if as_json:
-        neurons = [asdict(row) for row in read_statuses(dir / "status")]
+        neurons = [asdict(row) for row in with_scores(dir, read_statuses(dir / "status"))]
         _print_json({"running": pid is not None, "pid": pid, "dir": str(dir), "neurons": neurons})
     else:
         print_status(dir, is_running=pid is not None, console=Console())

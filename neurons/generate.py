@@ -11,6 +11,7 @@ from hivetrain.errors import ConfigError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.workbench import Workbench
+from neurons.main import log_retries
 
 
 def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = None, seed: int = 0) -> str:
@@ -25,6 +26,7 @@ def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = Non
     """
     if not prompt:
         raise ConfigError("the prompt is empty; give some text to go on from")
+    log_retries()
     path = dir / "genesis.json"
     if not path.is_file():
         raise ConfigError(f"no run in {dir}; start one with `hivetrain up --dir {dir}`")

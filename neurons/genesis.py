@@ -33,11 +33,13 @@ from hivetrain.manifest import Manifest
 from hivetrain.model.dora import attach_adapter
 from hivetrain.model.load import base_files, base_sha256, load_base
 from hivetrain.model.vector import FlatVector, schema_hash
-from hivetrain.run import GENESIS, Recipe, Schedule, read_recipe, run_id
+from hivetrain.run import Recipe, Schedule, run_id
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import InnerLoop
 from hivetrain.training.state import State, genesis_state, state_files, state_hash
 from hivetrain.workbench import BASE_PREFIX, INDEX_NAME, RECIPE_NAME, TOKENIZER_PREFIX
+from neurons.main import log_retries
+from neurons.plan import local_recipe
 from template.anchor import Anchor
 from template.chain.client import Chain
 from template.chain.keys import WalletIdentity, load_wallet
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
+    log_retries()
     try:
         make_run(
             folder=args.dir.resolve(),
@@ -125,7 +128,7 @@ def make_run(
     started = time.perf_counter()
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe() if recipe_path is None else read_recipe(recipe_path)
+    recipe = Recipe() if recipe_path is None else local_recipe(recipe_path)
     say("genesis: writing the corpus from Python's own documentation")
     corpus = build_corpus(folder / "corpus" / "data", heldout_row_groups=recipe.data.heldout_row_groups)
     revision = publish_dataset(endpoint, recipe.data.repo, {f"data/{p.name}": p for p in corpus}, token=token)
@@ -198,8 +201,6 @@ def _make(
         dataset, recipe.data.repo, recipe.data.revision, recipe.data.config, recipe.data.heldout_row_groups
     )
     reader = SegmentReader(dataset, recipe.data.text_column)
-    if recipe.tokenizer.name != GENESIS or recipe.model.name != GENESIS:
-        raise ConfigError('local genesis makes its own model and tokenizer: set both names to "genesis"')
     say("genesis: training the tokenizer")
     texts = [text for group in index.train for text in reader.read(group)]
     save_tokenizer(train_tokenizer(texts, recipe.model.vocab_size), folder / "tokenizer")

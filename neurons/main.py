@@ -8,7 +8,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from stamina.instrumentation import RetryDetails, set_on_retry_hooks
+
 from hivetrain.errors import ConfigError, HivetrainError, ServiceError
+from neurons.doctor import Verdict, check_clock
 from template.config import Role, logging_setup, parse_config, read_secrets
 from template.neuron import Neuron
 
@@ -29,6 +32,7 @@ def run_neuron(role: Role, factory: type[Neuron], argv: Sequence[str] | None = N
     except ConfigError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
+    log_retries()
     neuron = factory(config, secrets)
 
     def stop(*_: object) -> None:
@@ -38,11 +42,14 @@ def run_neuron(role: Role, factory: type[Neuron], argv: Sequence[str] | None = N
     signal.signal(signal.SIGINT, stop)
     try:
         neuron.start()
+        _compare_clocks(neuron.hub_endpoint)
         neuron.run()
     except ConfigError as exc:
         logger.error("%s", exc)
         return 2
     except ServiceError as exc:
+        if neuron.stopping.is_set():  # told to stop while it waited for a service
+            return 0
         logger.error("gave up: %s", exc)
         return 1
     except HivetrainError as exc:
@@ -51,3 +58,19 @@ def run_neuron(role: Role, factory: type[Neuron], argv: Sequence[str] | None = N
     finally:
         neuron.close()
     return 0
+
+
+def _compare_clocks(hub_endpoint: str) -> None:
+    """Say so when our clock is off: peers refuse requests whose time is not theirs."""
+    check = check_clock(hub_endpoint)
+    if check.verdict is Verdict.FAIL:
+        logger.error("check your clock: %s; %s", check.detail, check.fix)
+
+
+def log_retries() -> None:
+    """Log each retry with its cause, for --logging.debug: by default stamina warns without saying why."""
+
+    def log(details: RetryDetails) -> None:
+        logger.debug("again in %.1f s: %s", details.wait_for, details.caused_by)
+
+    set_on_retry_hooks([log])

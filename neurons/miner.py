@@ -19,7 +19,6 @@ import logging
 
 from hivetrain.contribution import Contribution, build_contribution
 from hivetrain.data.assignment import NoSlot
-from hivetrain.errors import ServiceError
 from hivetrain.progress import Phase, Position
 from hivetrain.tracking import metrics
 from hivetrain.training.inner import StepReport, TrainingDiverged
@@ -31,18 +30,6 @@ logger = logging.getLogger(__name__)
 
 class Miner(Neuron):
     """Trains."""
-
-    def run(self) -> None:
-        """Round after round, until told to stop."""
-        while not self.stopping.is_set():
-            position = self.wait_for_next_round()
-            if position is None:
-                return
-            try:
-                self.round(position)
-            except ServiceError as exc:
-                logger.warning("round %d is skipped: %s", position.round, exc)
-                self.events.append("round_skipped", f"round {position.round}: {exc}", round=position.round)
 
     def round(self, position: Position) -> None:
         """One round of this miner."""

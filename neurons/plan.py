@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from hivetrain.errors import ConfigError
+from hivetrain.run import GENESIS, Recipe, read_recipe
 from hivetrain.supervisor import ProcessSpec
 from neurons.report import Genesis, Member, Results
 
@@ -238,6 +239,22 @@ def child_env(options: UpOptions) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
+
+
+def local_recipe(path: Path) -> Recipe:
+    """The recipe of a run that genesis makes on this machine.
+
+    Raises:
+        ConfigError: unreadable, impossible, or it names a model of a hub.
+    """
+    try:
+        recipe = read_recipe(path)
+    except ConfigError as exc:
+        raise ConfigError(f"--recipe {path}: {exc}") from exc
+    for section, name in (("model", recipe.model.name), ("tokenizer", recipe.tokenizer.name)):
+        if name != GENESIS:
+            raise ConfigError(f'--recipe {path}: {section}.name must be "{GENESIS}" for a local run, got {name!r}')
+    return recipe
 
 
 def _threads(options: UpOptions) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hivetrain.errors import HubError, ServiceError
 from hivetrain.manifest import Manifest, epoch_tag
 from hivetrain.run import HubPolicy
+from hivetrain.tracking.status import NeuronStatus
 
 if TYPE_CHECKING:
     from hivetrain.hub.client import HubStore
@@ -323,6 +325,18 @@ def read_scores(path: Path) -> dict[str, Score]:
         return {hotkey: Score.model_validate(entry) for hotkey, entry in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ServiceError(f"{path} is not what a validator writes: {exc}") from exc
+
+
+def with_scores(folder: Path, rows: Sequence[NeuronStatus]) -> list[NeuronStatus]:
+    """``rows`` with what the first validator of ``folder`` last gave each miner; as they are before it gave any."""
+    path = next(iter(sorted(folder.glob("validator-*/scores.json"))), None)
+    try:
+        content = json.loads(path.read_bytes()) if path is not None else {}
+        scores = {hotkey: entry.get("score") for hotkey, entry in content.get("scores", {}).items()}
+        weights = dict(content.get("weights", {}))
+    except (OSError, ValueError, AttributeError):
+        return list(rows)  # for people to look at: half a file is no news
+    return [replace(row, score=scores.get(row.hotkey), weight=weights.get(row.hotkey)) for row in rows]
 
 
 def read_states(path: Path) -> list[StateLine]:

@@ -20,6 +20,7 @@ from rich.text import Text
 from hivetrain.progress import Phase
 from hivetrain.tracking.events import Event
 from hivetrain.tracking.status import NeuronStatus, read_statuses
+from neurons.report import with_scores
 
 PHASES = [phase.value for phase in Phase]
 PHASE_OF_STATE = {  # of a neuron that does not report its phase
@@ -125,10 +126,11 @@ def _header(view: View) -> Panel:
 
 
 def _table(view: View) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
     for name in ("UID", "NEURON", "STATE", "EPOCH", "STEP", "LOSS", "TOK/S", "SCORE", "WEIGHT", "SEEN", ""):
         left = name in ("NEURON", "STATE", "")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        # 80 columns hold all but the last: it alone gives way, cut within its line.
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "")
     for row in view.rows:
         age = view.now - row.updated_at
         stale = age > STALE_S
@@ -143,7 +145,7 @@ def _table(view: View) -> Table:
             _number(row.score, ".2f"),
             _number(row.weight, ".2f"),
             Text(_age(age), style="red" if stale else "dim"),
-            Text(row.detail[:60], style="dim"),
+            Text(row.detail[:60], style="dim", no_wrap=True, overflow="ellipsis"),
         )
     return table
 
@@ -205,7 +207,7 @@ def _steps(rows: Sequence[NeuronStatus], phase: str) -> str:
 
 def print_status(folder: Path, *, is_running: bool, console: Console) -> None:
     """What `hivetrain status` shows: the newest status of every neuron, running or not."""
-    rows = read_statuses(folder / "status")
+    rows = with_scores(folder, read_statuses(folder / "status"))
     if not rows:
         console.print(f"no neuron has run in {folder}; start some with `hivetrain up --dir {folder}`")
         return

@@ -26,7 +26,7 @@ from hivetrain.supervisor import ChildEvent, ChildState, Supervisor, log_tail
 from hivetrain.tracking.events import EventReader
 from hivetrain.tracking.status import NeuronStatus, read_statuses
 from neurons.plan import DirLock, Plan, UpOptions, child_env, choose_ports, make_plan, prepare_dir
-from neurons.report import Genesis, Member, Report, Results, failed_report, make_report
+from neurons.report import Genesis, Member, Report, Results, failed_report, make_report, with_scores
 from neurons.screen import Narrator, View, event_line, render
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class Network:
         children = self._supervisor.children
         if stage.startswith("genesis") and (tail := log_tail(self._options.dir / "logs" / "genesis.log", 1)):
             stage = f"genesis: {tail[0].removeprefix('--- ').removeprefix('genesis: ')}"
-        by_name = {status.name: status for status in read_statuses(self._options.dir / "status")}
+        by_name = {row.name: row for row in with_scores(self._options.dir, read_statuses(self._options.dir / "status"))}
         rows = []
         for name in self._options.neuron_names:
             child = children.get(name)

@@ -20,7 +20,7 @@ import logging
 import secrets
 from dataclasses import dataclass, field
 
-from hivetrain.errors import HubConflict, IntegrityError, ServiceError
+from hivetrain.errors import HubConflict, IntegrityError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position
 from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
@@ -61,15 +61,7 @@ class Validator(Neuron):
         """Round after round, until told to stop."""
         self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
         self.average.load()
-        while not self.stopping.is_set():
-            position = self.wait_for_next_round()
-            if position is None:
-                return
-            try:
-                self.round(position)
-            except ServiceError as exc:
-                logger.warning("round %d is skipped: %s", position.round, exc)
-                self.events.append("round_skipped", f"round {position.round}: {exc}", round=position.round)
+        super().run()
 
     def round(self, position: Position) -> None:
         """One round of this validator."""
@@ -117,7 +109,11 @@ class Validator(Neuron):
             verify=verify,
             keep_waiting=keep_waiting,
         )
-        logger.info("round %d: %d receipts, %s", position.round, len(notes.collected.receipts), notes.collected.refused)
+        receipts, refused = notes.collected.receipts, notes.collected.refused
+        logger.info("round %d: %d receipts, %s", position.round, len(receipts), refused)
+        stale = [why for why in refused.values() if "freshness window" in why or "in the future" in why]
+        if stale and not receipts:
+            logger.error("check your clock: the miners refuse our requests, %s", stale[0])
 
     def _expected(self, position: Position, base: Ref, rank: int) -> Expected:
         data, inner = self.recipe.data, self.recipe.inner

@@ -6,18 +6,22 @@ takes it down again. The model belongs to the thread that calls `start`.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.swarm import Swarm
-from hivetrain.errors import ConfigError, ServiceError
+from hivetrain.errors import ConfigError, IntegrityError, ServiceError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.manifest import Manifest, Ref, state_message
@@ -46,6 +50,12 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.25
 CHAIN_SILENT_S = 30.0
 DEFAULT_HUB = "https://huggingface.co"
+START_PATIENCE_S = 20.0
+"""How long a start waits for a chain or hub that does not answer; whoever supervises the process tries again later."""
+START_RETRY_S = 2.0
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,7 @@ class Neuron:
         self.metagraph = Metagraph(netuid=config.netuid, block=-1, neurons=())
         self._closers: list[tuple[str, object]] = []
         self._last_leader: tuple[int, list[str]] = (-1, [])
+        self._last_round = -1  # the newest that has begun, here or before we were ready
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -112,16 +123,17 @@ class Neuron:
             wallet=self.wallet,
             chain_endpoint=config.subtensor.chain_endpoint or None,
         )
-        self.chain.start()
+        self._start_chain()
         self.uid = self._require_registered()
         self.status.update(uid=self.uid, hotkey=self.identity.hotkey)
         self._say("starting", "reading the run from the hub")
-        self._open_run(device)
+        self._patiently(lambda: self._open_run(device), f"check --hub.endpoint {self.hub_endpoint}")
         self._say("starting", "opening sockets")
         self._open_network()
         self.tracker = self._open_tracker()
         self.blocks = BlockWatcher(self.chain.block, POLL_S)
         self.blocks.start()
+        self._last_round = self.position.round
         self.status.update(ready=True)
         self._say("waiting", "")
         logger.info(
@@ -134,8 +146,28 @@ class Neuron:
         )
 
     def run(self) -> None:
-        """The role's own loop: round after round, until told to stop."""
+        """Round after round, until told to stop. A round that fails for want of a service or of disk is skipped."""
+        while not self.stopping.is_set():
+            position = self.wait_for_next_round()
+            if position is None:
+                return
+            try:
+                self.round(position)
+            except ServiceError as exc:
+                self._skip(position, str(exc))
+            except OSError as exc:
+                if exc.errno not in _DISK_ERRNOS:
+                    raise
+                where = exc.filename or self.config.state_dir
+                self._skip(position, f"cannot write {where}: {exc.strerror}; free some space there")
+
+    def round(self, position: Position) -> None:
+        """The role's own part of one round."""
         raise NotImplementedError
+
+    def _skip(self, position: Position, why: str) -> None:
+        logger.warning("round %d is skipped: %s", position.round, why)
+        self.events.append("round_skipped", f"round {position.round}: {why}", round=position.round)
 
     def close(self) -> None:
         """Take down what `start` opened. Never raises: a neuron that stops must stop."""
@@ -148,6 +180,37 @@ class Neuron:
                 logger.exception("while stopping")
         self.events.close()
         self.status.flush()
+
+    @property
+    def hub_endpoint(self) -> str:
+        """The hub that this neuron reads from."""
+        return self.config.hub.endpoint or DEFAULT_HUB
+
+    def _start_chain(self) -> None:
+        subtensor = self.config.subtensor
+        if subtensor.chain_endpoint.startswith("sqlite://"):  # a file that is not there does not come back by itself
+            self.chain.start()
+        else:
+            fix = f"check --subtensor.network {subtensor.network} and --subtensor.chain_endpoint"
+            self._patiently(self.chain.start, fix)
+
+    def _patiently(self, action: Callable[[], T], fix: str) -> T:
+        """Run ``action``, again while a service does not answer, for `START_PATIENCE_S`.
+
+        Raises:
+            ServiceError: it still does not answer; the message ends with ``fix``.
+        """
+        give_up_at = time.monotonic() + START_PATIENCE_S
+        while True:
+            try:
+                return action()
+            except IntegrityError:
+                raise
+            except ServiceError as exc:
+                if time.monotonic() >= give_up_at or self.stopping.is_set():
+                    raise ServiceError(f"{exc}; {fix}") from exc
+                logger.warning("waiting: %s", exc)
+                self.stopping.wait(START_RETRY_S)
 
     def _require_registered(self) -> int:
         self.refresh_metagraph()
@@ -162,7 +225,7 @@ class Neuron:
 
     def _open_run(self, device: torch.device) -> None:
         config = self.config
-        endpoint = config.hub.endpoint or DEFAULT_HUB
+        endpoint = self.hub_endpoint
         token = self.secrets.hub_token
         self.run_id, self._repo = self._run_on_chain()
         self.store = HubStore(endpoint=endpoint, repo=config.hub.repo or self._repo, token=token)
@@ -428,10 +491,16 @@ class Neuron:
         return self.wait_for_block(start)
 
     def wait_for_next_round(self) -> Position | None:
-        """Wait for the first block of the next round; None when we are to stop."""
+        """Wait for a round that has not begun here yet, while its TRAIN lasts; None when we are to stop."""
         position = self.position
-        start = position.round_start + self.schedule.round_blocks if position.round >= 0 else self.schedule.start_block
-        return self.position if self.wait_for_block(start) else None
+        # Whoever waits in vain for an epoch until a round's last block is in the next round already.
+        if position.round <= self._last_round or position.phase is not Phase.TRAIN:
+            following = position.round_start + self.schedule.round_blocks
+            if not self.wait_for_block(following if position.round >= 0 else self.schedule.start_block):
+                return None
+            position = self.position
+        self._last_round = position.round
+        return position
 
     def wait_for_epoch(self, position: Position) -> None:
         """Until the round ends, watch for its epoch, and hold it as soon as it is anchored."""
@@ -453,7 +522,8 @@ class Neuron:
             self._serve(self.board.mailbox.get())
 
     def _serve(self, task: AllReduceTask) -> None:
-        if self.held is None or task.request.base_manifest != self.held.ref.manifest_sha256:
+        current = task.request.round == self.board.report.round  # a failed round leaves the base as it was
+        if self.held is None or not current or task.request.base_manifest != self.held.ref.manifest_sha256:
             task.reply.cancel()
             return
         mine = next(member for member in task.plan.members if member.hotkey == self.identity.hotkey)
@@ -465,6 +535,7 @@ class Neuron:
         self.board.record_outcome(reply)
         if not task.reply.cancelled():
             task.reply.set_result(reply)
+        self._say("waiting", "for the next epoch")
 
     def take_part(self, plan: GroupPlan, payload: bytes | None) -> Participation:
         """Exchange with the group of ``plan``; the next state is kept until the next round says what was published."""

@@ -275,7 +275,7 @@ def _translated(what: str, exc: Exception) -> HubError:
         return HubNotFound(message)
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status == 401:
-        return HubError(f"{message}; the hub wants a valid write token")
+        return HubError(f"{message}; the hub wants a valid write token: set HIVETRAIN_HUB_TOKEN")
     if status == 409:
         return HubExists(message)
     if status is None:

@@ -62,7 +62,10 @@ def score_miners(
             continue
         receipt = collected.receipts.get(hotkey)
         result = checks.get(hotkey)
-        bandwidth = measured(plan, outcome, hotkey) if plan is not None and outcome is not None else None
+        bandwidth = None
+        if receipt is not None and plan is not None and outcome is not None:
+            # Without a receipt here nothing of it could be checked here: its sending earns nothing.
+            bandwidth = measured(plan, outcome, hotkey)
         if bandwidth is None and result is not None and result.fault is not None:
             bandwidth = Bandwidth(size_bytes=0, seconds=0.0, in_time=False)  # shut out: the failed check decides
         facts[hotkey] = RoundFacts(

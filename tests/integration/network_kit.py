@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,6 +72,43 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @dataclass(frozen=True)
+class NeuronProcess:
+    """A neuron's process and what it says."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def text(self) -> str:
+        """All that it has said so far."""
+        return self.output.read_text(errors="replace")
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait for its end; the exit status."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still runs after {timeout_s:.0f} s; it said:\n{self.text}") from None
+
+    def wait_for(self, words: str, timeout_s: float) -> None:
+        """Wait until it has said ``words``."""
+        deadline = time.monotonic() + timeout_s
+        while words not in self.text:
+            assert self.process.poll() is None, f"ended without {words!r}; it said:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {words!r} within {timeout_s:.0f} s; it said:\n{self.text}"
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """SIGTERM, then SIGKILL for what is left of its session."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass(frozen=True)
 class PreparedRun:
     """A hub that serves a run whose genesis is done; its chain stands still, for no producer runs."""
 
@@ -97,27 +137,21 @@ class PreparedRun:
         flags |= {key.replace("__", "."): value for key, value in changed.items()}
         return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
-    def start(self, role: str, flags: list[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """`python neurons/ROLE.py FLAGS`, its output piped together."""
-        return subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "neurons" / f"{role}.py"), *flags],
-            env={**os.environ, **QUIET, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(
-        self, role: str, flags: list[str], env: Mapping[str, str] | None = None, timeout_s: float = 90
-    ) -> tuple[int, str]:
-        """Run a neuron that is expected to end by itself; its exit status and output."""
-        process = self.start(role, flags, env)
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        finally:
-            process.kill()
-            process.wait()
-        return process.returncode, output
+    def start(
+        self, role: str, flags: list[str], env: Mapping[str, str] | None = None, max_file_kb: int = 0
+    ) -> NeuronProcess:
+        """`python neurons/ROLE.py FLAGS`, unable to write a file past ``max_file_kb`` if that is above 0."""
+        limit = ["bash", "-c", f'ulimit -f {max_file_kb} && exec "$@"', "limit"] if max_file_kb else []
+        output = Path(tempfile.mkstemp(dir=self.folder, suffix=".out")[1])
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [*limit, sys.executable, str(REPOSITORY / "neurons" / f"{role}.py"), *flags],
+                env={**os.environ, **QUIET, **(env or {})},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return NeuronProcess(process=process, output=output)
 
 
 def prepare_run(folder: Path, hub: HubProcess, recipe: str = SMALL_RECIPE, *, miners: int = 1) -> PreparedRun:

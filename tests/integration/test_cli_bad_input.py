@@ -57,6 +57,7 @@ def test_a_mistake_is_one_line_with_status_2(
         ("[inner]\nlr = -1.0", ["inner.lr must be > 0, got -1.0"]),
         ("[inner]\nlearning_rate = 1.0", ["unknown field inner.learning_rate"]),
         ("[model]\nhidden_size = 'big'", ["model.hidden_size must be int"]),
+        ("[model]\nname = 'nobody/nothing'\nrevision = '1'", ['model.name must be "genesis" for a local run']),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_before_anything_starts(

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from hivetrain.tracking.events import Event
 from hivetrain.tracking.status import NeuronStatus
+from neurons.report import with_scores
 from neurons.screen import Narrator, View, current_round, event_line, phase_progress, render, sparkline
 
 
@@ -54,6 +58,40 @@ def test_the_screen_shows_what_is_known_and_a_dash_for_the_rest() -> None:
     line = next(line for line in text.splitlines() if "miner-2" in line)
     assert line.split()[:9] == ["-", "miner-2", "starting", "-", "-", "-", "-", "-", "-"]
     assert "val loss 4.920 -> 3.410  █▁" in text
+
+
+def test_80_columns_hold_every_number_and_the_detail_alone_is_cut() -> None:
+    full = row("validator-1", uid=12, state="all-reduce", epoch=1234, step=50, num_steps=50, loss=3.398)
+    full = replace(full, tokens_per_second=12345.0, score=0.91, weight=0.36, detail="with 63 others of the group")
+    lines = draw(View(title="net", rows=[full], now=199.0), width=80).splitlines()
+    line = next(line for line in lines if "validator-1" in line)
+    assert line.split()[:10] == [
+        "12",
+        "validator-1",
+        "all-reduce",
+        "1234",
+        "50/50",
+        "3.398",
+        "12,345",
+        "0.91",
+        "0.36",
+        "99s",
+    ]
+    assert "…" in line
+    assert len([line for line in lines if "group" in line or "others" in line]) == 0
+
+
+def test_miners_are_shown_with_what_the_validator_gave_them(tmp_path: Path) -> None:
+    rows = [row(hotkey="5A"), row("miner-2", hotkey="5B"), row("miner-3", hotkey="5C")]
+    assert with_scores(tmp_path, rows) == rows
+    (tmp_path / "validator-1").mkdir()
+    scores = tmp_path / "validator-1" / "scores.json"
+    scores.write_text(json.dumps({"scores": {"5A": {"score": 0.9}, "5B": {"unscored": "x"}}, "weights": {"5A": 1.0}}))
+    first, second, third = with_scores(tmp_path, rows)
+    assert (first.score, first.weight) == (0.9, 1.0)
+    assert (second.score, third.score, third.weight) == (None, None, None)
+    scores.write_text("{")
+    assert with_scores(tmp_path, rows) == rows
 
 
 def test_text_of_neurons_is_shown_as_it_is_and_not_as_markup() -> None:

@@ -52,6 +52,20 @@ def test_what_is_no_manifest_is_refused(raw: bytes) -> None:
         parse_manifest(raw)
 
 
+@pytest.mark.parametrize(
+    "text", [b'"val_loss":NaN', b'"val_loss":Infinity', b'"weights":{"alice":-1.0},"val_loss":5.5']
+)
+def test_a_value_that_is_not_finite_or_negative_is_refused(text: bytes) -> None:
+    raw = manifest(weights={}).to_bytes().replace(b'"weights":{}', b'"weights":{"alice":1.0}')
+    assert parse_manifest(raw)
+    if b"weights" in text:
+        raw = raw.replace(b'"weights":{"alice":1.0}', b'"weights":{"alice":-1.0}')
+    else:
+        raw = raw.replace(b'"val_loss":5.5', text)
+    with pytest.raises(IntegrityError):
+        parse_manifest(raw)
+
+
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(IntegrityError, match="not a manifest"):
         parse_manifest(manifest().to_bytes().replace(b'"epoch":3', b'"epoch":3,"extra":1'))

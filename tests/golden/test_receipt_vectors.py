@@ -1,0 +1,123 @@
+"""A receipt's bytes, pinned: what is signed, what the root is, what travels.
+
+Everything expected here is made with json, hashlib and struct alone, from docs/protocol.md. The signature was made
+once with the well-known development key //Alice (sr25519 signatures are randomised, so it is checked, not reproduced).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+
+import pytest
+import torch
+from bittensor.wallets import Keypair
+
+from hivetrain.contribution import codec_seed
+from hivetrain.errors import Fault, PeerFault
+from hivetrain.training.state import Snapshot
+from hivetrain.verification.receipt import Receipt, encode_snapshot, parse_receipt, sign_receipt, step_record
+from template.chain.keys import verify
+
+ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+FIELDS: dict[str, object] = {
+    "version": 1,
+    "run_id": "01" * 32,
+    "round": 7,
+    "epoch": 5,
+    "base_manifest": "02" * 32,
+    "base_state": "03" * 32,
+    "schema_hash": "04" * 32,
+    "layout_hash": "05" * 32,
+    "hotkey": ALICE,
+    "rank": 2,
+    "num_steps": 50,
+    "num_samples": 200,
+    "num_tokens": 12800,
+    "loss": 4.5,
+    "data_digests": ["06" * 32, "07" * 32],
+    "steps_root": "08" * 32,
+    "snapshots_root": "09" * 32,
+    "num_snapshots": 5,
+    "payload_root": "0a" * 32,
+    "num_chunks": 660,
+    "remainder_root": "00" * 32,
+}
+SIGNED = b"hivetrain-receipt/1\n" + json.dumps(FIELDS, sort_keys=True, separators=(",", ":")).encode()
+SIGNED_SHA256 = "a2a603aa9f74c27635748d766e697769bc70289dc7829cc586cf6cf03caa0dcd"
+ROOT = "0992a8003db9f865f5696826c8f09be68d30798f8385b48e6b3632fc1ac5a696"
+SIGNATURE = (
+    "92c9897c2274ca6066743d6860c36f2776662a80d11ed30c64a00c02a9cbbf13"
+    "bde040412de4f50c9402da95f917c98ead708803da1df6051be32c33bdad6a8f"
+)
+WIRE_SHA256 = "11e02441ca78cf703b07ffceaaaaaf022b382f9fc5812096483ca0a253081790"
+
+
+def receipt() -> Receipt:
+    return Receipt.model_validate({**FIELDS, "signature": SIGNATURE})
+
+
+def test_the_signed_bytes_are_a_tag_and_sorted_json_without_the_signature() -> None:
+    assert receipt().signed_bytes() == SIGNED
+    assert hashlib.sha256(SIGNED).hexdigest() == SIGNED_SHA256
+    assert SIGNED.startswith(b'hivetrain-receipt/1\n{"base_manifest":"0202')
+
+
+def test_the_root_binds_steps_snapshots_payload_and_remainder_in_this_order() -> None:
+    trees = b"\x08" * 32 + b"\x09" * 32 + b"\x0a" * 32 + b"\x00" * 32
+    assert receipt().root() == hashlib.sha256(b"hivetrain-root/1" + trees).hexdigest() == ROOT
+
+
+def test_the_bytes_on_the_wire_are_the_same_json_with_the_signature() -> None:
+    wire = json.dumps({**FIELDS, "signature": SIGNATURE}, sort_keys=True, separators=(",", ":")).encode()
+    assert receipt().to_bytes() == wire
+    assert hashlib.sha256(wire).hexdigest() == WIRE_SHA256
+
+
+def test_alices_signature_of_then_is_accepted_now() -> None:
+    assert parse_receipt(receipt().to_bytes(), hotkey=ALICE, verify=verify) == receipt()
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"version", "hotkey"}))
+def test_the_signature_covers_every_field(name: str) -> None:
+    value = FIELDS[name]
+    other = value[::-1][:1] if isinstance(value, list) else "ee" * 32 if isinstance(value, str) else value + 1  # type: ignore[operator]
+    raw = json.dumps({**FIELDS, "signature": SIGNATURE, name: other}).encode()
+    with pytest.raises(PeerFault) as caught:
+        parse_receipt(raw, hotkey=ALICE, verify=verify)
+    assert caught.value.fault is Fault.BAD_SIGNATURE
+
+
+def test_a_fresh_signature_is_accepted_as_well() -> None:
+    class Alice:
+        hotkey = ALICE
+
+        def sign(self, message: bytes) -> bytes:
+            return bytes(Keypair.create_from_uri("//Alice").sign(message))
+
+    signed = sign_receipt(receipt().model_copy(update={"signature": ""}), Alice())
+    assert len(signed.signature) == 128
+    assert parse_receipt(signed.to_bytes(), hotkey=ALICE, verify=verify) == signed
+
+
+def test_a_step_is_number_loss_and_pairs_in_little_endian() -> None:
+    expected = bytes.fromhex("030000000000000000009040010000000200000000000000ff000000")
+    assert step_record(3, [(1, 2), (0, 255)], 4.5) == expected
+
+
+def test_a_snapshot_is_its_step_and_three_vectors_in_little_endian() -> None:
+    snapshot = Snapshot(
+        step=10,
+        vector=torch.tensor([1.0, -2.0]),
+        exp_avg=torch.tensor([0.5, 0.25]),
+        exp_avg_sq=torch.tensor([0.0, 3.0]),
+    )
+    made = encode_snapshot(snapshot)
+    assert made.payload == struct.pack("<Q6f", 10, 1.0, -2.0, 0.5, 0.25, 0.0, 3.0)
+    assert made.digest() == hashlib.sha256(b"\x00" + made.payload).digest()
+
+
+def test_the_codecs_seed_is_seven_bytes_of_a_leaf_digest() -> None:
+    text = b"\x00hivetrain-codec/1\n" + b"01" * 32 + b"\n7\n" + ALICE.encode()
+    assert codec_seed("01" * 32, 7, ALICE) == int.from_bytes(hashlib.sha256(text).digest()[:7], "big")

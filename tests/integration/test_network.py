@@ -1,0 +1,369 @@
+"""Whole networks of real processes: three epochs from nothing, and what survives a kill, a Ctrl-C and a restart.
+
+Two networks in all, for each costs minutes. The tests of the second one share it, and run in the order of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from network_kit import QUIET, REPOSITORY, SMALL_RECIPE, alive, processes_of, until
+from PIL import Image
+
+from hivetrain.hub.client import HubStore
+from hivetrain.manifest import Manifest, Ref
+from hivetrain.tracking.status import NeuronStatus, read_status
+from template.chain.client import Chain
+from template.chain.keys import verify
+from tests.browser import visit
+from tests.hub_fixture import HubProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROUND_S = 150.0
+"""Longest wait for one round of the small recipe, on a machine that is busy with other things."""
+
+
+@dataclass
+class Up:
+    """A `hivetrain up` that runs, and the folder that it runs in."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def genesis(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "genesis.json").read_text()))
+
+    def hotkey(self, name: str) -> str:
+        return next(str(member["ss58"]) for member in self.genesis["wallets"] if member["name"] == name)
+
+    def status(self, name: str) -> NeuronStatus:
+        found = read_status(self.folder / "status" / f"{name}.json")
+        assert found is not None, f"{name} has no status"
+        return found
+
+    def store(self) -> HubStore:
+        return HubStore(endpoint=self.genesis["hub_endpoint"], repo=self.genesis["hub_repo"])
+
+    def manifests(self) -> list[Manifest]:
+        store = self.store()
+        refs = [store.resolve(epoch) for epoch in store.epochs()]
+        return [ref.manifest for ref in refs if ref is not None]
+
+    def wait_for_epoch(self, wanted: Callable[[Manifest], bool], what: str, timeout_s: float = ROUND_S) -> Manifest:
+        """Wait for a published epoch that is ``wanted``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            manifests = self.manifests()
+            for manifest in manifests:
+                if wanted(manifest):
+                    return manifest
+            shown = [(m.epoch, m.round, len(m.members)) for m in manifests]
+            assert self.process.poll() is None, f"`up` ended:\n{self.text}"
+            assert time.monotonic() < deadline, f"no epoch {what}; (epoch, round, members): {shown}\n{self.text}"
+            time.sleep(0.5)
+
+    def wait_for_text(self, words: str, timeout_s: float) -> None:
+        until(lambda: words in self.text or self.process.poll() is not None, f"{words!r} in:\n{self.text}", timeout_s)
+        assert words in self.text, self.text
+
+    def kill_in(self, name: str, is_time: Callable[[NeuronStatus], bool]) -> NeuronStatus:
+        """SIGKILL the neuron ``name`` as soon as its status says that it is time; the status of that moment."""
+        status = self.status(name)
+        deadline = time.monotonic() + ROUND_S
+        while not is_time(status):
+            assert time.monotonic() < deadline, f"{name} never came there: {status}"
+            time.sleep(0.02)
+            status = self.status(name)
+        os.kill(status.pid, signal.SIGKILL)
+        return status
+
+
+@contextlib.contextmanager
+def running_up(folder: Path, *arguments: str) -> Iterator[Up]:
+    """`hivetrain up --dir FOLDER ARGUMENTS`, killed at the end if it still runs."""
+    output = folder.with_suffix(".out")
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "neurons.cli", "up", "--dir", str(folder), *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, **QUIET},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield Up(folder=folder, process=process, output=output)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def hivetrain(*arguments: str) -> str:
+    """What a `hivetrain` command prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "neurons.cli", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def chain_weights(genesis: dict[str, Any]) -> dict[str, float]:
+    """Weight that the first validator with weights on chain gives each hotkey."""
+    with Chain(network="local", netuid=genesis["netuid"], chain_endpoint=genesis["chain_endpoint"]) as chain:
+        neurons, rows = chain.metagraph().neurons, list(chain.weights().values())
+    return {neuron.hotkey: rows[0].get(neuron.uid, 0.0) for neuron in neurons} if rows else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_whole(store: HubStore, dest: Path) -> list[Ref]:
+    """Every published epoch: parents are in order, the leader signed, and each file has the manifest's digest."""
+    refs = [ref for epoch in store.epochs() if (ref := store.resolve(epoch)) is not None]
+    assert [ref.epoch for ref in refs] == list(range(len(refs)))
+    for parent, ref in zip([None, *refs[:-1]], refs, strict=True):
+        manifest = ref.manifest
+        assert manifest.parent == (parent.manifest_sha256 if parent is not None else "")
+        assert verify(manifest.leader, manifest.signed_bytes(), bytes.fromhex(manifest.leader_signature))
+        for name, path in store.fetch(ref, manifest.files, dest / str(ref.epoch)).items():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.files[name].sha256
+    return refs
+
+
+def test_three_epochs_from_nothing_hold(tmp_path: Path) -> None:
+    folder, out = tmp_path / "net", tmp_path / "out.json"
+    with running_up(folder, "--epochs", "3", "--json", str(out), "--min-loss-drop", "1.0", "--fresh") as up:
+        until(lambda: up.process.poll() is not None, "the end of `up --epochs 3`", 600)
+    print(up.text)
+    assert up.process.returncode == 0, up.text
+    report = json.loads(out.read_text())
+    assert set(report) == {
+        "ok", "failed", "epochs", "val_loss_before", "val_loss_after", "scores", "weights", "seconds"
+    }  # fmt: skip
+    assert report["ok"] is True
+    assert report["failed"] == []
+    miners = {up.hotkey(f"miner-{number}") for number in (1, 2, 3)}
+    assert [epoch["tag"] for epoch in report["epochs"]] == ["epoch-000001", "epoch-000002", "epoch-000003"]
+    for epoch in report["epochs"]:
+        assert set(epoch) == {"epoch", "tag", "state_sha256", "val_loss", "members", "allreduce"}
+        assert set(epoch["members"]) == miners
+        assert epoch["allreduce"]["faults"] == []
+        assert epoch["allreduce"]["bytes"] > 0
+    assert report["val_loss_before"] - report["val_loss_after"] >= 1.0
+    assert all(report["weights"][hotkey] > 0 for hotkey in miners)
+    assert all(set(report["scores"][hotkey]) == {"gradient", "steps", "bandwidth", "score"} for hotkey in miners)
+    assert set(report["seconds"]) == {"genesis", "neurons_ready", "epochs", "total"}
+    weights = chain_weights(up.genesis)
+    assert all(weights[hotkey] > 0 for hotkey in miners)
+    assert not processes_of(folder)
+
+    hub = HubProcess(folder / "hub")
+    hub.start()
+    try:
+        refs = assert_whole(HubStore(endpoint=hub.url, repo=up.genesis["hub_repo"]), tmp_path / "fetched")
+    finally:
+        hub.close()
+    assert len(refs) >= 4
+    for ref, epoch in zip(refs[1:], report["epochs"], strict=False):
+        assert ref.manifest.state_hash == epoch["state_sha256"]
+        for number in (1, 2, 3):
+            states = read_lines(folder / f"miner-{number}" / "states.jsonl")
+            held = [line["state_hash"] for line in states if line["epoch"] == ref.epoch]
+            assert held == [ref.manifest.state_hash]
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A network of three miners and short rounds that runs until it is told to stop; its first epoch is published."""
+    folder = tmp_path_factory.mktemp("living") / "net"
+    recipe = folder.with_name("recipe.toml")
+    recipe.write_text(SMALL_RECIPE)
+    with running_up(folder, "--recipe", str(recipe), "--block-time", "0.5") as network:
+        network.wait_for_text("epoch 1 published", 400)
+        yield network
+        print(network.text)
+
+
+@pytest.fixture(scope="module")
+def fourth(up: Up) -> Iterator[subprocess.Popen[bytes]]:
+    """miner-4: registered while the network runs, and started with the very command that `register` prints."""
+    command = shlex.split(hivetrain("register", "miner-4", "--dir", str(up.folder)))
+    assert command[:2] == ["python", "neurons/miner.py"]
+    with (up.folder / "logs" / "miner-4.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]],
+            cwd=REPOSITORY,
+            env={**os.environ, **QUIET},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_status_is_seen_from_another_terminal(up: Up) -> None:
+    shown = json.loads(hivetrain("status", "--json", "--dir", str(up.folder)))
+    assert shown["running"] is True
+    assert shown["pid"] == up.process.pid
+    assert [neuron["name"] for neuron in shown["neurons"]] == ["miner-1", "miner-2", "miner-3", "validator-1"]
+    assert all(neuron["ready"] for neuron in shown["neurons"])
+    assert all(neuron["score"] > 0 and neuron["weight"] > 0 for neuron in shown["neurons"][:3])
+
+
+def test_a_killed_miner_is_left_out_of_its_round_and_back_in_a_later_one(
+    up: Up, fourth: subprocess.Popen[bytes]
+) -> None:
+    killed = up.kill_in("miner-1", lambda status: status.state == "training" and status.step >= 2)
+    without = up.wait_for_epoch(lambda m: m.round == killed.round, f"of round {killed.round}")
+    assert up.hotkey("miner-1") not in without.members
+    assert {up.hotkey("miner-2"), up.hotkey("miner-3")} <= set(without.members)
+    back = up.wait_for_epoch(
+        lambda m: m.round > killed.round and up.hotkey("miner-1") in m.members, "with miner-1 again", 2 * ROUND_S
+    )
+    again = up.status("miner-1")
+    assert again.pid != killed.pid
+    assert "miner-1 ended with SIGKILL, restarted in 1 s" in up.text
+    loaded = [line for line in read_lines(up.folder / "miner-1" / "states.jsonl") if line["source"] == "downloaded"]
+    assert loaded[-1]["epoch"] == back.epoch - 1
+    assert loaded[-1]["state_hash"] == loaded[-1]["manifest_state_hash"]
+
+
+def test_a_fourth_miner_joins_while_the_network_runs_and_is_paid(up: Up, fourth: subprocess.Popen[bytes]) -> None:
+    until(lambda: read_status(up.folder / "status" / "miner-4.json") is not None, "miner-4's status", ROUND_S)
+    hotkey = up.status("miner-4").hotkey
+    joined = up.wait_for_epoch(lambda m: hotkey in m.members, "with miner-4", 2 * ROUND_S)
+    assert joined.weights[hotkey] == joined.weights[up.hotkey("miner-2")]
+    until(lambda: chain_weights(up.genesis).get(hotkey, 0.0) > 0, "a weight for miner-4 on chain", 2 * ROUND_S)
+    assert fourth.poll() is None
+
+
+def test_the_newest_model_completes_text_while_the_network_runs(up: Up) -> None:
+    text = hivetrain("generate", "def ", "--max-tokens", "16", "--dir", str(up.folder))
+    assert text.startswith("def ")
+    assert len(text.strip()) > len("def ")
+
+
+@pytest.mark.browser
+def test_the_dashboard_shows_every_neuron_and_its_loss(up: Up, fourth: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    port = json.loads((up.folder / "ports.json").read_text())["dashboard"]
+    picture, plots = tmp_path / "dashboard.png", ".plot-container canvas"
+    names = ["miner-1", "miner-2", "miner-3", "miner-4", "validator-1"]
+    page = visit(
+        f"http://127.0.0.1:{port}/?project=hivetrain",
+        picture,
+        wait_for_text=[*names, "train (5)\nloss\n", "val (1)\nloss\nvalidator-1"],
+        wait_for_picture=lambda image: len(_curve_colours(image.crop((300, 60, 700, 480)))) >= 4,
+        boxes=[plots],
+        timeout_s=90,
+    )
+    with Image.open(picture) as image:
+        loss = _curve_colours(image.crop(page.boxes[plots][0]))
+    assert len(loss) == 4, f"the first plot shows {len(loss)} curves, expected one of train/loss per miner"
+
+
+def _curve_colours(image: Image.Image) -> set[tuple[int, ...]]:
+    """Strong colours that are in many columns of a picture: curves, for text is grey and the legend's dots narrow."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    strong = np.ptp(pixels, axis=2) > 40
+    colours, counts = np.unique(pixels[strong], axis=0, return_counts=True)
+    wide = [c for c, n in zip(colours, counts, strict=True) if n >= 60 and (pixels == c).all(2).any(0).sum() >= 60]
+    return {tuple(int(channel) for channel in colour) for colour in wide}
+
+
+def test_a_killed_validator_comes_back_with_its_scores(up: Up, fourth: subprocess.Popen[bytes]) -> None:
+    path = up.folder / "validator-1" / "averages.json"
+    killed = up.kill_in("validator-1", lambda status: status.phase == "verify")
+    before = json.loads(path.read_text())
+    after = up.wait_for_epoch(lambda m: m.round > killed.round, "after the validator's return", 3 * ROUND_S)
+    until(lambda: json.loads(path.read_text())["last_round"] >= after.round, "the scores of that round", ROUND_S)
+    kept = json.loads(path.read_text())
+    hotkey = up.hotkey("miner-2")
+    assert kept["entries"][hotkey]["value"] > before["entries"][hotkey]["value"] > 0
+    assert up.status("validator-1").pid != killed.pid
+
+
+def test_hub_and_chain_may_die_and_come_back(up: Up, fourth: subprocess.Popen[bytes]) -> None:
+    newest = up.manifests()[-1]
+    services = {
+        name: next(p for p in psutil.Process(up.process.pid).children() if module in p.cmdline())
+        for name, module in (("hub", "hivetrain.hub.server"), ("chain", "template.chain.producer"))
+    }
+    for process in services.values():
+        process.kill()
+    until(lambda: all(f"{name} ended with SIGKILL" in up.text for name in services), "both restarted", 30)
+    until(lambda: _answers(up), "the hub's answer", 60)
+    later = up.wait_for_epoch(lambda m: m.round > newest.round + 1, "after the outage", 3 * ROUND_S)
+    assert up.hotkey("miner-2") in later.members
+
+
+def _answers(up: Up) -> bool:
+    try:
+        up.manifests()
+    except Exception:
+        return False
+    return True
+
+
+def test_no_published_epoch_is_lost_or_torn(up: Up, tmp_path: Path) -> None:
+    refs = assert_whole(up.store(), tmp_path)
+    rounds = [ref.manifest.round for ref in refs]
+    assert rounds == sorted(set(rounds))
+    assert len(refs) >= 4
+
+
+def test_ctrl_c_leaves_no_process_and_the_next_up_goes_on(up: Up, fourth: subprocess.Popen[bytes]) -> None:
+    fourth.terminate()
+    assert fourth.wait(30) == 0
+    newest = up.manifests()[-1].epoch
+    before = processes_of(up.folder)
+    assert len(before) >= 4 + 4 + 3  # neurons, a p2pd each, services
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(30) == 0, up.text
+    assert up.text.splitlines()[-1].endswith(f"stopped, state kept in {up.folder}")
+    assert not alive(before)
+    assert not processes_of(up.folder)
+
+    with running_up(up.folder, "--epochs", "9") as again:
+        again.wait_for_text(f"starting from epoch {newest}", 60)
+        again.process.send_signal(signal.SIGINT)
+        assert again.process.wait(30) == 130, again.text
+        assert not processes_of(up.folder)
+
+
+def test_kill_9_of_up_leaves_no_process(up: Up) -> None:
+    with running_up(up.folder) as again:
+        again.wait_for_text("train", 200)
+        before = processes_of(up.folder)
+        assert any("p2pd" in part for process in before for part in process.cmdline()[:1])
+        again.process.kill()
+        until(lambda: not alive(before), "the end of every child", 20)
+        assert not processes_of(up.folder)
