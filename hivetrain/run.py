@@ -117,9 +117,9 @@ class Inner:
     """A miner's local AdamW. The learning rate warms up, then follows a cosine over ``total_steps``."""
 
     max_steps: int = 50  # H: inner steps in one round
-    lr: float = 4e-3
+    lr: float = 6e-3
     final_lr_ratio: float = 0.1
-    warmup_steps: int = 10
+    warmup_steps: int = 100  # long: steps taken apart cancel out in the mean while the model is still unformed
     total_steps: int = 600
     beta1: float = 0.9
     beta2: float = 0.95

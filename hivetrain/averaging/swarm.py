@@ -172,7 +172,9 @@ class Swarm:
         if p2p is None:
             return
         child = p2p._child
-        for step in ((node.shutdown,) if node is not None else ()) + (p2p.shutdown,):
+        # A daemon that Ctrl-C in a terminal has ended already would be asked, and waited for, in vain.
+        ended = child is None or child.returncode is not None
+        for step in (() if node is None or ended else (node.shutdown,)) + (p2p.shutdown,):
             try:
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await step()

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Up:
 @contextlib.contextmanager
 def running_up(folder: Path, *arguments: str) -> Iterator[Up]:
     """`hivetrain up --dir FOLDER ARGUMENTS`, killed at the end if it still runs."""
-    output = folder.with_suffix(".out")
+    output = Path(tempfile.mkstemp(dir=folder.parent, suffix=".out")[1])
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "neurons.cli", "up", "--dir", str(folder), *arguments],

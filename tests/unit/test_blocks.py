@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def test_an_outage_shows_as_age_and_is_over_with_the_next_answer(caplog: pytest.
         assert (watcher.block, watcher.age_s) == (10, 5.0)
         chain.say(11)
         assert (watcher.block, watcher.age_s) == (11, 0.0)
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["chain does not answer, waiting for it: down"]
     assert "chain answers again at block 11" in caplog.text
 
