@@ -99,7 +99,8 @@ def render(view: View) -> RenderableType:
         parts.append(_table(view))
     parts.extend(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in view.events[-6:])
     urls = "   ".join(f"{name} {url}" for name, url in view.urls.items())
-    parts.append(Text(f"{urls}   {view.footer}".strip(), style="cyan", no_wrap=True, overflow="ellipsis"))
+    # The shortest line comes last: a terminal echoes ^C behind it, and behind a full one that would scroll the screen.
+    parts.extend(Text(line, style="cyan", no_wrap=True, overflow="ellipsis") for line in (urls, view.footer) if line)
     return Group(*parts)
 
 

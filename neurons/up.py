@@ -374,7 +374,8 @@ def _story(network: Network) -> str:
     losses = network.losses
     if len(losses) < 2:
         return "no epoch published"
-    return f"{len(losses) - 1} epochs published · val loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"
+    published = "1 epoch" if len(losses) == 2 else f"{len(losses) - 1} epochs"
+    return f"{published} published · val loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"
 
 
 def _write(console: Console, line: str) -> None:

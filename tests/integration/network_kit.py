@@ -40,7 +40,7 @@ QUIET = {  # nothing leaves this machine, and one thread per process
 }
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float) -> None:
+def until(condition: Callable[[], object], what: str, timeout_s: float, poll_s: float = 0.1) -> None:
     """Wait for ``condition``.
 
     Raises:
@@ -49,7 +49,7 @@ def until(condition: Callable[[], object], what: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
-        time.sleep(0.1)
+        time.sleep(poll_s)
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

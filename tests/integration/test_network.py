@@ -312,6 +312,16 @@ def test_a_killed_validator_comes_back_with_its_scores(up: Up, fourth: subproces
     assert up.status("validator-1").pid != killed.pid
 
 
+def test_a_validator_killed_right_after_its_tag_loses_nothing(up: Up, fourth: subprocess.Popen[bytes]) -> None:
+    store, newest = up.store(), up.store().epochs()[-1]
+    until(lambda: store.epochs()[-1] > newest, "the next tag", 2 * ROUND_S, poll_s=0.01)
+    os.kill(up.status("validator-1").pid, signal.SIGKILL)
+    tagged = store.resolve(newest + 1)
+    assert tagged is not None
+    child = up.wait_for_epoch(lambda m: m.epoch == newest + 2, "after the orphan", 4 * ROUND_S)
+    assert child.parent == tagged.manifest_sha256
+
+
 def test_hub_and_chain_may_die_and_come_back(up: Up, fourth: subprocess.Popen[bytes]) -> None:
     newest = up.manifests()[-1]
     services = {

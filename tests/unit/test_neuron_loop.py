@@ -13,7 +13,7 @@ from hivetrain.errors import HubError, IntegrityError, ServiceError
 from hivetrain.progress import Position, phase_at
 from hivetrain.run import Schedule
 from hivetrain.tracking.events import EventReader
-from template import neuron as neuron_module
+from template import node as node_module
 from template.config import Secrets, parse_config
 from template.neuron import Neuron
 
@@ -76,12 +76,12 @@ def failing(times: int, error: Exception) -> Callable[[], str]:
 
 
 def test_a_start_waits_for_a_service_that_comes_up_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neuron_module, "START_RETRY_S", 0.0)
+    monkeypatch.setattr(node_module, "START_RETRY_S", 0.0)
     assert OneRound(tmp_path)._patiently(failing(3, HubError("down")), "check it") == "done"
 
 
 def test_a_start_gives_up_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neuron_module, "START_PATIENCE_S", 0.0)
+    monkeypatch.setattr(node_module, "START_PATIENCE_S", 0.0)
     with pytest.raises(ServiceError, match=r"down; check --hub\.endpoint"):
         OneRound(tmp_path)._patiently(failing(9, HubError("down")), "check --hub.endpoint")
 
