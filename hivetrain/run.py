@@ -22,6 +22,7 @@ from hivetrain.errors import RecipeError
 
 CHUNK_ELEMENTS = 4096
 MAX_SNAPSHOTS = 64  # what one Train synapse can ask a miner to open
+MAX_MINERS = 256  # uids of a subnet, and what one all-reduce can hold
 GENESIS = "genesis"
 """Written for a model or tokenizer that genesis makes itself, instead of a hub name."""
 
@@ -94,6 +95,7 @@ class Data:
     repo: str = "hivetrain/corpus"
     config: str = ""  # a folder of the data set such as "sample-350BT"; empty: all its parquet files
     revision: str = ""  # a commit sha; genesis fills it in
+    index_sha256: str = ""  # of index.json, which says what the revision holds; genesis fills it in
     text_column: str = "text"
     seq_len: int = 64
     batch_size: int = 4
@@ -108,6 +110,7 @@ class Data:
         _require("/" in self.repo, f"data.repo must be OWNER/NAME, got {self.repo!r}")
         _positive("data", seq_len=self.seq_len, batch_size=self.batch_size, accumulation=self.accumulation)
         _positive("data", row_groups_per_miner=self.row_groups_per_miner, max_miners=self.max_miners)
+        _require(self.max_miners <= MAX_MINERS, f"data.max_miners must be <= {MAX_MINERS}, got {self.max_miners}")
         _positive("data", heldout_row_groups=self.heldout_row_groups, heldout_batches=self.heldout_batches)
         _require(self.seq_len >= 2, f"data.seq_len must be at least 2, got {self.seq_len}")
 

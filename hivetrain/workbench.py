@@ -6,6 +6,7 @@ whose hash is on chain, and then turns epochs into states and rounds into tokens
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.data.index import DatasetIndex, parse_index
 from hivetrain.data.reader import RoundData, SegmentReader, load_heldout, load_round
 from hivetrain.data.tokenizer import load_tokenizer, tokenizer_sha256
-from hivetrain.errors import IntegrityError, SchemaMismatch
+from hivetrain.errors import ConfigError, IntegrityError, SchemaMismatch
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.hub.store import ModelStore
 from hivetrain.manifest import Ref
@@ -32,6 +33,7 @@ from hivetrain.run import Recipe, differing_fields, parse_recipe
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import InnerLoop
 from hivetrain.training.state import State, load_state, state_hash
+from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES, snapshot_size_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +130,22 @@ class Workbench:
         if pinned is not None and (differing := differing_fields(pinned, recipe)):
             raise SchemaMismatch(f"the run's recipe is not the one of --neuron.recipe: {'; '.join(differing[:5])}")
         tokenizer = load_tokenizer(folder / TOKENIZER_PREFIX)
+        index_sha256 = hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()
+        if recipe.data.index_sha256 and recipe.data.index_sha256 != index_sha256:
+            raise IntegrityError(
+                f"the hub's {INDEX_NAME} has sha256 {index_sha256}, the recipe says {recipe.data.index_sha256}"
+            )
         index = parse_index((folder / INDEX_NAME).read_bytes())
         model = load_base(recipe.model, folder / BASE_PREFIX, len(tokenizer))
         base_hash = base_sha256(model)
         adapted = attach_adapter(model, recipe.adapter, recipe.model.seed).to(self.device)
         flat = FlatVector(adapted)
         schema = schema_hash(flat.entries, recipe)
+        if snapshot_size_bytes(flat.size) > MAX_SNAPSHOT_BYTES:
+            raise ConfigError(
+                f"a snapshot of {flat.size} trainable parameters takes {snapshot_size_bytes(flat.size)} bytes, the "
+                f"limit is {MAX_SNAPSHOT_BYTES}: train fewer, such as with adapter.train_embeddings = false"
+            )
         if schema != genesis.manifest.schema_hash:
             load_state(_state_paths(genesis, folder), flat, base_hash)  # names the parameter that differs
             raise SchemaMismatch(
@@ -168,6 +180,8 @@ class Workbench:
         try:
             paths = self.store.fetch(ref, _state_paths(ref, folder), folder)
             state = load_state(paths, parts.flat, parts.base_sha256)
+        except SchemaMismatch as exc:  # its publisher's doing, not a setting of ours
+            raise IntegrityError(f"epoch {ref.epoch} does not hold this run's state: {exc}") from exc
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         found = state_hash(state)

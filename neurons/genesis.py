@@ -200,6 +200,7 @@ def _make(
     index = build_index(
         dataset, recipe.data.repo, recipe.data.revision, recipe.data.config, recipe.data.heldout_row_groups
     )
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, index_sha256=index.sha256()))
     reader = SegmentReader(dataset, recipe.data.text_column)
     say("genesis: training the tokenizer")
     texts = [text for group in index.train for text in reader.read(group)]

@@ -33,6 +33,8 @@ def run_neuron(role: Role, factory: type[Neuron], argv: Sequence[str] | None = N
         print(f"error: {exc}", file=sys.stderr)
         return 2
     log_retries()
+    if config.tracker.entity:
+        os.environ["WANDB_ENTITY"] = config.tracker.entity  # wandb's own way to take it
     neuron = factory(config, secrets)
 
     def stop(*_: object) -> None:

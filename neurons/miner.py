@@ -19,7 +19,8 @@ import logging
 
 from hivetrain.contribution import Contribution, build_contribution
 from hivetrain.data.assignment import NoSlot
-from hivetrain.progress import Phase, Position
+from hivetrain.errors import ServiceError
+from hivetrain.progress import Phase, Position, phase_window
 from hivetrain.tracking import metrics
 from hivetrain.training.inner import StepReport, TrainingDiverged
 from neurons.main import run_neuron
@@ -49,16 +50,29 @@ class Miner(Neuron):
             )
             self._say("committed", "")
         if self.wait_for_phase(position, Phase.VERIFY):
-            self.leaders(position.round)
+            self.learn_leader(position)
         if self.wait_for_phase(position, Phase.PUBLISH):
             self._say("waiting", "for the next epoch")
             self.wait_for_epoch(position)
+
+    def learn_leader(self, position: Position) -> None:
+        """Know who leads before it calls; a chain that stammers is asked again until the all-reduce."""
+        end = phase_window(position.round, Phase.PUBLISH, self.schedule)[0]
+        while self.blocks.block < end and not self.stopping.is_set():
+            try:
+                self.leaders(position.round)
+                return
+            except ServiceError as exc:
+                logger.warning("cannot tell who leads yet: %s", exc)
+                self.wait_for_block(self.blocks.block + 1)
 
     def train(self, position: Position) -> Contribution | None:
         """Take inner steps until the assignment, the recipe or TRAIN ends; None where there is nothing to commit."""
         assert self.held is not None
         base, state = self.held.ref, self.held.state
         rank = self.ranks(position.round_start).get(self.identity.hotkey)
+        if self.metagraph.by_hotkey(self.identity.hotkey) is None:
+            self._require_registered()
         if rank is None:
             self._say("waiting", "registered during this round, trains from the next")
             return None

@@ -20,18 +20,19 @@ import logging
 import secrets
 from dataclasses import dataclass, field
 
-from hivetrain.errors import HubConflict, IntegrityError
+from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position
 from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
 from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Expected
 from neurons.main import run_neuron
-from template.anchor import parse_anchors
+from template.anchor import candidates, parse_anchors
 from template.chain.client import NeuronInfo
 from template.chain.keys import verify
 from template.leader import MAX_SITTING
 from template.neuron import Neuron
+from template.protocol import IsAlive
 from template.validator.collect import Collected, address_of, collect_receipts
 from template.validator.lead import Led, call_group, count_signatures, make_plan, make_synapse
 from template.validator.publish import NotPublished, check_gates, publish_epoch
@@ -40,6 +41,9 @@ from template.validator.verify import Draw, Verifier, draw
 from template.validator.weights import set_weights
 
 logger = logging.getLogger(__name__)
+
+AWAKE_TIMEOUT_S = 2.0
+REST_ROUNDS = 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +65,7 @@ class Validator(Neuron):
         """Round after round, until told to stop."""
         self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
         self.average.load()
+        self._resting: dict[str, int] = {}  # until which round a member reduces nothing, for it left a part undone
         super().run()
 
     def round(self, position: Position) -> None:
@@ -69,6 +74,7 @@ class Validator(Neuron):
         self.adopt(base)
         self.board.begin_round(position.round, base.epoch, base.manifest_sha256)
         self.status.update(round=position.round, epoch=base.epoch, loss=base.manifest.val_loss)
+        self._stand_for(base)
         self._anchor_orphan(base)
         notes = RoundNotes(miners=self.miners(position.round_start), coins=secrets.token_bytes(32))
         self._say("waiting", "for receipts")
@@ -108,6 +114,7 @@ class Validator(Neuron):
             network=self.network,
             verify=verify,
             keep_waiting=keep_waiting,
+            time_left_s=lambda: (end - self.blocks.block) * self.schedule.block_time_s,
         )
         receipts, refused = notes.collected.receipts, notes.collected.refused
         logger.info("round %d: %d receipts, %s", position.round, len(receipts), refused)
@@ -182,7 +189,8 @@ class Validator(Neuron):
             attempt=0,
             receipts=notes.collected.receipts,
             weights=weights,
-            sitting=order[:MAX_SITTING],
+            sitting=self._awake(order[:MAX_SITTING]),
+            resting={hotkey for hotkey, until in self._resting.items() if position.round < until},
             anchors={hotkey: anchor for hotkey, (_, anchor) in parse_anchors(self.chain.commitments()).items()},
             duration_s=0.8 * self.schedule.all_reduce * self.schedule.block_time_s,
         )
@@ -197,8 +205,19 @@ class Validator(Neuron):
             call_group(self.dendrite, others, make_synapse(plan, base.manifest_sha256), plan.deadline_s + 12)
         )
         done = self.take_part(plan, None)
+        if done.outcome is not None:
+            missing = {part.reducer.hotkey for part in plan.parts() if part.index in done.outcome.missing_parts}
+            self._resting.update(dict.fromkeys(missing - {self.identity.hotkey}, position.round + 1 + REST_ROUNDS))
         notes.led = count_signatures(plan, done, calls.result(plan.deadline_s + 20), verify)
         self.publish(position, base, notes.led)
+
+    def _awake(self, sitting: list[str]) -> list[str]:
+        """Those of ``sitting`` that answer now: a seat that stays empty would cost the group a part of the mean."""
+        neurons = {neuron.hotkey: neuron for neuron in self.metagraph.neurons}
+        others = [address_of(neurons[h]) for h in sitting if h in neurons and h != self.identity.hotkey]
+        calls = self.dendrite.call_many(others, IsAlive(), timeout_s=AWAKE_TIMEOUT_S)
+        awake = {reply.hotkey for reply in self.network.run(calls, AWAKE_TIMEOUT_S + 2) if reply.ok}
+        return [hotkey for hotkey in sitting if hotkey == self.identity.hotkey or hotkey in awake]
 
     def publish(self, position: Position, base: Ref, led: Led) -> None:
         """Pass the gates, tag, anchor; a refusal makes no epoch."""
@@ -218,16 +237,16 @@ class Validator(Neuron):
                 block=self.blocks.block,
                 identity=self.identity,
             )
-        except NotPublished as exc:
+            self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
+        except (NotPublished, ServiceError) as exc:  # the round is scored all the same
             logger.warning("round %d makes no epoch: %s", position.round, exc)
             self.events.append("round_failed", f"round {position.round}: {exc}", round=position.round)
             return
-        except HubConflict as exc:
-            logger.warning("round %d: %s", position.round, exc)
-            return
-        self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
         self._log_epoch(ref, led)
-        self.store.prune(self.recipe.hub.keep_epochs)
+        try:
+            self.store.prune(self.recipe.hub.keep_epochs)
+        except ServiceError as exc:
+            logger.warning("old epochs stay on the hub for now: %s", exc)
 
     def _log_epoch(self, ref: Ref, led: Led) -> None:
         outcome = led.done.outcome
@@ -253,17 +272,25 @@ class Validator(Neuron):
             step=manifest.round,
         )
 
+    def _stand_for(self, base: Ref) -> None:
+        """Anchor the base ourselves when its leader did: the run must not hang on one validator's commitment."""
+        mine = parse_anchors(self.chain.commitments()).get(self.identity.hotkey)
+        if mine is None or mine[1].epoch < base.epoch:
+            self.announce(epoch=base.epoch, manifest=base.manifest_sha256)
+
     def _anchor_orphan(self, base: Ref) -> None:
         """An epoch that was tagged by a leader who died before its hash was on chain: anchor it for the next round."""
         newest = self.store.latest()
         if newest is None or newest.epoch <= base.epoch or newest.manifest.parent != base.manifest_sha256:
             return
-        found = [a for _, a in parse_anchors(self.chain.commitments()).values() if a.epoch >= newest.epoch]
-        if found:
+        found = candidates(parse_anchors(self.chain.commitments()), set(self.validators()), self.run_id)
+        if any(candidate.manifest_sha256 == newest.manifest_sha256 for candidate in found):
             return
         why = self._why_unacceptable(newest.manifest)
         if why is not None:
-            raise IntegrityError(f"epoch {newest.epoch} lies on the hub and cannot be accepted: {why}")
+            logger.error("epoch %d lies on the hub and cannot be accepted: %s", newest.epoch, why)
+            self.events.append("orphan_refused", f"epoch {newest.epoch} on the hub: {why}", epoch=newest.epoch)
+            return
         logger.info("anchoring epoch %d, which its leader left unanchored", newest.epoch)
         self.announce(epoch=newest.epoch, manifest=newest.manifest_sha256)
 

@@ -18,6 +18,10 @@ from hivetrain.manifest import Manifest, Ref
 from template.chain.client import ChainCommitment
 
 MAX_ANCHOR_BYTES = 512
+MAX_MADDR_CHARS = 120
+
+
+Maddr = Annotated[str, Field(min_length=1, max_length=MAX_MADDR_CHARS)]
 
 
 class Anchor(BaseModel):
@@ -27,7 +31,7 @@ class Anchor(BaseModel):
 
     peer_id: Annotated[str, Field(max_length=64)] = ""
     # An empty address would travel into the leader's plan, which every member then refuses.
-    maddrs: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=120)], ...], Field(max_length=4)] = ()
+    maddrs: Annotated[tuple[Maddr, ...], Field(max_length=4)] = ()
     run_id: Annotated[bytes, Field(max_length=32)] = b""
     repo: Annotated[str, Field(max_length=96, pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""  # the run's on the hub
     epoch: Annotated[int, Field(ge=-1, lt=2**40)] = -1  # -1: stands for none

@@ -79,6 +79,10 @@ class BlockWatcher:
                 if not self._failing:
                     logger.warning("chain does not answer, waiting for it: %s", exc)
                 self._failing = True
+            except Exception:  # the boundary of this loop: a thread that died would look like a silent chain
+                if not self._failing:
+                    logger.exception("reading the chain's height failed, trying on")
+                self._failing = True
 
     def _set(self, block: int) -> None:
         if self._failing:

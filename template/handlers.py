@@ -73,6 +73,7 @@ class Handlers:
         board: where the model's thread writes.
         layout: of what the all-reduce carries.
         may_lead: why ``(hotkey, round, attempt)`` may not lead, or None when it may.
+        max_deadline_s: how long a leader may hold this neuron: the length of ALL_REDUCE.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Handlers:
         board: Board,
         layout: PayloadLayout,
         may_lead: Callable[[str, int, int], str | None],
+        max_deadline_s: float = MAX_DEADLINE_S,
     ) -> None:
         self._role = role
         self._run_id = run_id
@@ -91,6 +93,7 @@ class Handlers:
         self._board = board
         self._layout = layout
         self._may_lead = may_lead
+        self._max_deadline_s = min(max_deadline_s, MAX_DEADLINE_S)
         self._coins = Coins()
         self._running: dict[tuple[int, int], concurrent.futures.Future[AllReduceReply]] = {}
 
@@ -180,8 +183,8 @@ class Handlers:
             return f"another run: {synapse.run_id[:12]}, here {self._run_id[:12]}"
         if (plan.round, plan.attempt) != (synapse.round, synapse.attempt):
             return f"plan is of round {plan.round}.{plan.attempt}, the call of {synapse.round}.{synapse.attempt}"
-        if plan.deadline_s > MAX_DEADLINE_S:
-            return f"deadline {plan.deadline_s:g} s, the limit is {MAX_DEADLINE_S:g} s"
+        if plan.deadline_s > self._max_deadline_s:
+            return f"deadline {plan.deadline_s:g} s, the limit is {self._max_deadline_s:g} s"
         if plan.layout != self._layout:
             return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
         if synapse.round != report.round:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.errors import ServiceError
-from hivetrain.manifest import Manifest, Ref, state_message
-from hivetrain.progress import Phase, Position, phase_at
+from hivetrain.manifest import Manifest, Ref
+from hivetrain.progress import Phase, Position, phase_at, phase_window
 from hivetrain.training.state import State
+from template.acceptance import why_unacceptable
 from template.anchor import candidates, find_base, parse_anchors
 from template.board import AllReduceTask
 from template.chain.keys import verify
@@ -118,27 +119,15 @@ class Neuron(Node):
         append_line(self.config.state_dir / "states.jsonl", line)
 
     def _why_unacceptable(self, manifest: Manifest) -> str | None:
-        """Why a manifest is refused, or None: another run, the leader's signature, the members' quorum."""
-        if manifest.run_id != self.run_id:
-            return f"run {manifest.run_id[:12]}, ours is {self.run_id[:12]}"
-        if not verify(manifest.leader, manifest.signed_bytes(), _hex(manifest.leader_signature)):
-            return f"not signed by its leader {manifest.leader}"
-        if manifest.epoch == 0:
-            return None
-        if manifest.schema_hash != self.parts.schema_hash:
-            return f"schema {manifest.schema_hash[:12]}, ours is {self.parts.schema_hash[:12]}"
-        message = state_message(manifest.run_id, manifest.round, manifest.attempt, manifest.state_hash)
-        total = sum(manifest.weights.values())
-        signed = sum(
-            weight
-            for hotkey, weight in manifest.weights.items()
-            if verify(hotkey, message, _hex(manifest.signatures.get(hotkey, "")))
+        """Why a manifest is refused here and now, or None."""
+        return why_unacceptable(
+            manifest,
+            run_id=self.run_id,
+            schema_hash=self.parts.schema_hash,
+            quorum=self.recipe.gates.quorum,
+            registered=lambda hotkey: self.metagraph.by_hotkey(hotkey) is not None,
+            verify=verify,
         )
-        if total <= 0 or signed < self.recipe.gates.quorum * total:
-            return (
-                f"members who hold {signed:g} of {total:g} samples signed, the quorum is {self.recipe.gates.quorum:.2f}"
-            )
-        return None
 
     # -- rounds -------------------------------------------------------------------------------------------
 
@@ -162,12 +151,7 @@ class Neuron(Node):
 
     def wait_for_phase(self, position: Position, phase: Phase) -> bool:
         """Wait for ``phase`` of the round at ``position``; False when we are to stop."""
-        start = position.round_start
-        for candidate, num_blocks in zip(Phase, self.schedule.phase_blocks, strict=True):
-            if candidate is phase:
-                break
-            start += num_blocks
-        return self.wait_for_block(start)
+        return self.wait_for_block(phase_window(position.round, phase, self.schedule)[0])
 
     def wait_for_next_round(self) -> Position | None:
         """Wait for a round that has not begun here yet, while its TRAIN lasts; None when we are to stop."""
@@ -247,13 +231,6 @@ class Neuron(Node):
             len(outcome.faults),
             done.state_hash[:12] or "incomplete",
         )
-
-
-def _hex(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        return b""
 
 
 def append_line(path: Path, record: dict[str, object]) -> None:

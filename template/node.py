@@ -18,11 +18,12 @@ from hivetrain.averaging.swarm import Swarm
 from hivetrain.errors import ConfigError, IntegrityError, ServiceError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
+from hivetrain.progress import Phase, phase_window
 from hivetrain.run import read_recipe
 from hivetrain.tracking import EventLog, RunInfo, StatusWriter, Trackers, make_tracker
 from hivetrain.workbench import Parts, Workbench
 from template.access import AccessPolicy, NeuronFacts
-from template.anchor import Anchor, parse_anchors, voted_run
+from template.anchor import MAX_MADDR_CHARS, Anchor, parse_anchors, voted_run
 from template.axon import Axon
 from template.blocks import BlockWatcher
 from template.board import Board
@@ -43,7 +44,25 @@ START_PATIENCE_S = 20.0
 """How long a start waits for a chain or hub that does not answer; whoever supervises the process tries again later."""
 START_RETRY_S = 2.0
 
+MAX_INITIAL_PEERS = 16
+MAX_CONNECTIONS = 300  # an all-reduce holds one to every member until it is over
+
 T = TypeVar("T")
+
+
+def announced_maddrs(visible: list[str]) -> tuple[str, ...]:
+    """Up to two of our addresses for the anchor: public before loopback; those too long for one are left out.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    fitting = [maddr for maddr in visible if 0 < len(maddr) <= MAX_MADDR_CHARS]
+    if not fitting:
+        raise ConfigError(
+            f"none of this neuron's addresses {visible} fits on chain ({MAX_MADDR_CHARS} characters); "
+            "name one with --dht.announce_maddrs"
+        )
+    return tuple(sorted(fitting, key=lambda maddr: maddr.startswith("/ip4/127."))[:2])
 
 
 def pick_device(name: str) -> torch.device:
@@ -206,7 +225,7 @@ class Node:
         self.network.start()
         self.swarm = self._join_swarm()
         keypair = self.wallet.hotkey
-        self.dendrite = Dendrite(keypair)
+        self.dendrite = Dendrite(keypair, max_connections=MAX_CONNECTIONS)
         self.network.run(self.dendrite.start(), 10)
         policy = AccessPolicy(
             registry=self._facts,
@@ -222,6 +241,7 @@ class Node:
             board=self.board,
             layout=self.parts.layout,
             may_lead=self._may_lead,
+            max_deadline_s=self.schedule.all_reduce * self.schedule.block_time_s,
         )
         self.axon.attach(IsAlive, handlers.is_alive)
         self.axon.attach(Train, handlers.train)
@@ -246,7 +266,7 @@ class Node:
             try:
                 self.network.run(swarm.start(), 90)
                 return swarm
-            except ServiceError as exc:
+            except (ServiceError, ConfigError) as exc:
                 if named or not peers:
                     raise
                 # Addresses on chain outlive their neurons; members are dialled by the plan's addresses anyway.
@@ -298,13 +318,13 @@ class Node:
 
     def ranks(self, round_start: int) -> dict[str, int]:
         """Rank of every hotkey that was registered at the round's first block."""
-        return {neuron.hotkey: rank for rank, neuron in enumerate(self.metagraph.registered_by(round_start))}
+        # Whoever took a uid over since then leaves a hole: nobody else's rank may shift in mid-round.
+        return {n.hotkey: rank for rank, n in enumerate(self.metagraph.neurons) if n.registered_at <= round_start}
 
     def miners(self, round_start: int) -> list[NeuronInfo]:
         """Who may train in a round that began at ``round_start``: registered by then, without a permit."""
-        slots = self.recipe.data.max_miners
-        registered = self.metagraph.registered_by(round_start)[:slots]
-        return [neuron for neuron in registered if not neuron.validator_permit]
+        ranks, slots = self.ranks(round_start), self.recipe.data.max_miners
+        return [n for n in self.metagraph.neurons if ranks.get(n.hotkey, slots) < slots and not n.validator_permit]
 
     def announce(self, epoch: int | None = None, manifest: str | None = None) -> None:
         """Commit on chain where we are reached and, for a validator, which epoch we stand for.
@@ -315,7 +335,7 @@ class Node:
         old = mine[1] if mine is not None else Anchor()
         anchor = Anchor(
             peer_id=self.swarm.peer_id,
-            maddrs=tuple(self.swarm.visible_maddrs())[:2],
+            maddrs=announced_maddrs(self.swarm.visible_maddrs()),
             run_id=bytes.fromhex(self.run_id),
             repo=self._repo,
             epoch=old.epoch if epoch is None else epoch,
@@ -335,10 +355,16 @@ class Node:
 
     def _may_lead(self, hotkey: str, round_number: int, attempt: int) -> str | None:
         known_round, order = self._last_leader
-        if known_round != round_number:
+        if known_round != round_number or not order:
             return f"round {round_number} has no leader yet"
-        if attempt >= len(order) or order[attempt] != hotkey:
-            return f"attempt {attempt} of round {round_number} is led by {order[min(attempt, len(order) - 1)]}"
+        if attempt != 0:
+            return f"attempt {attempt}: nobody takes over in mid-round"
+        if order[0] != hotkey:
+            return f"round {round_number} is led by {order[0]}"
+        start, end = phase_window(round_number, Phase.ALL_REDUCE, self.schedule)
+        # A block of grace: the leader may have seen the phase begin before we did.
+        if not start - 1 <= self.blocks.block < end:
+            return f"block {self.blocks.block} is not in ALL_REDUCE, blocks {start} to {end - 1}"
         return None
 
     def _facts(self, hotkey: str) -> NeuronFacts | None:
@@ -348,8 +374,17 @@ class Node:
         return NeuronFacts(uid=neuron.uid, stake=neuron.stake, validator_permit=neuron.validator_permit)
 
     def _peers_on_chain(self) -> list[str]:
+        """Where registered neurons say that they are reached; addresses that cannot be dialled are left out."""
         anchors = parse_anchors(self.chain.commitments())
-        return [maddr for hotkey, (_, a) in anchors.items() if hotkey != self.identity.hotkey for maddr in a.maddrs]
+        others = [anchor for hotkey, (_, anchor) in anchors.items() if hotkey != self.identity.hotkey]
+        known = {anchor.peer_id for hotkey, (_, anchor) in anchors.items() if self.metagraph.by_hotkey(hotkey)}
+        return [
+            maddr
+            for anchor in others
+            if anchor.peer_id in known
+            for maddr in anchor.maddrs
+            if maddr.startswith("/") and "/p2p/" in maddr
+        ][:MAX_INITIAL_PEERS]
 
     def _say(self, state: str, detail: str) -> None:
         self.board.update(state=state)

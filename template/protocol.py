@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.manifest import Hotkey, Sha256
+from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES
 
 MAX_SEQUENCE = 4096
 """Entries of any array or map on the wire: a cheap bound that msgpack enforces before pydantic sees a value."""
@@ -139,7 +140,7 @@ class Opening(Message):
 
     index: Count
     step: Count
-    payload: Annotated[bytes, Field(max_length=256 * _MIB)]
+    payload: Annotated[bytes, Field(max_length=MAX_SNAPSHOT_BYTES)]
     proof: Annotated[tuple[Annotated[bytes, Field(max_length=64)], ...], Field(max_length=64)] = ()
 
 
@@ -210,7 +211,8 @@ class Link(Message):
 class AllReduceReply(Message):
     """What the all-reduce gave on this member.
 
-    ``state_signature`` is hex, over `hivetrain.manifest.state_message`; ``included`` maps hotkey to weight.
+    ``state_signature`` is hex, over `hivetrain.manifest.state_message`; ``included`` maps each sender to the share
+    of chunks whose mean it is in.
     """
 
     run_id: Sha256

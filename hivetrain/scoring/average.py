@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,14 +29,6 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
     last_round: int = -1
     entries: dict[str, _Entry] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AverageState:
-    """What is known of one hotkey."""
-
-    value: float
-    cooldown_until: int
 
 
 class MovingAverage:

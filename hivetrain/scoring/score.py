@@ -15,8 +15,8 @@ from hivetrain.run import Scoring
 SMALL_BYTES = 1_000_000
 """Below this many bytes a rate measures latency, not bandwidth: arriving in time is enough."""
 
-LIES = frozenset({Fault.WRONG_REPLAY, Fault.DOUBLE_COMMIT, Fault.NOT_COMMITTED, Fault.REFUSED, Fault.NOT_FINITE})
-"""Faults of a check that prove a lie (or hide one): they start a cooldown."""
+LIES = frozenset({Fault.WRONG_REPLAY, Fault.DOUBLE_COMMIT, Fault.NOT_COMMITTED, Fault.NOT_FINITE})
+"""Faults of a check that prove a lie: they start a cooldown. Silence (REFUSED) costs the round, and proves nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from hivetrain.training.state import Snapshot
 from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
 
 MAX_RECEIPT_BYTES = 32 << 10
+MAX_SNAPSHOT_BYTES = 256 << 20
 NO_REMAINDER = "0" * 64
 """The remainder root of a lossless codec."""
 

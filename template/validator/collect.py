@@ -50,12 +50,14 @@ def collect_receipts(
     network: NetworkThread,
     verify: Verify,
     keep_waiting: Callable[[], bool],
+    time_left_s: Callable[[], float] = lambda: CALL_TIMEOUT_S,
 ) -> Collected:
     """Ask again and again until every miner has handed in, or COMMIT ends.
 
     Args:
         expected: what an honest receipt of each miner must say, by hotkey.
         keep_waiting: pauses a moment; False when the phase is over.
+        time_left_s: until COMMIT ends: a silent miner may not stretch it into the time for checks.
     """
     collected = Collected()
     missing = {neuron.hotkey: neuron for neuron in miners if neuron.port > 0}
@@ -65,7 +67,8 @@ def collect_receipts(
     while missing:
         peers = [address_of(neuron) for neuron in missing.values()]
         # All at once: in turns, the silent ones would use up the time of this call.
-        calls = dendrite.call_many(peers, synapse, timeout_s=CALL_TIMEOUT_S, concurrency=len(peers))
+        timeout_s = min(CALL_TIMEOUT_S, max(1.0, time_left_s()))
+        calls = dendrite.call_many(peers, synapse, timeout_s=timeout_s, concurrency=len(peers))
         for reply in network.run(calls, CALL_TIMEOUT_S + 5):
             line_works = line_works or reply.ok
             if _take(reply, expected[reply.hotkey], verify, collected):

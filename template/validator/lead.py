@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgpack
@@ -48,6 +48,7 @@ def make_plan(
     sitting: Sequence[str],
     anchors: Mapping[str, Anchor],
     duration_s: float,
+    resting: Collection[str] = (),
 ) -> GroupPlan | None:
     """The group of one attempt; None when nobody has anything to send.
 
@@ -57,6 +58,7 @@ def make_plan(
         sitting: validators that reduce and send no vector.
         anchors: where everyone is reached, by hotkey; who is missing here cannot take part.
         duration_s: time for the whole exchange.
+        resting: senders that reduce nothing: they left a part undone lately.
     """
     members = [
         Member(
@@ -64,7 +66,7 @@ def make_plan(
             peer_id=anchors[hotkey].peer_id,
             maddrs=anchors[hotkey].maddrs,
             weight=weights[hotkey],
-            reduces=True,
+            reduces=hotkey not in resting,
             root=bytes.fromhex(receipt.payload_root),
         )
         for hotkey, receipt in sorted(receipts.items())

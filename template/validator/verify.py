@@ -41,7 +41,6 @@ OPEN_PATIENCE_S = 2.0
 MAX_OPENING = 16
 """Miners that open at once: their answers, some snapshots each, are held in memory."""
 POLL_S = 0.25
-SILENT = frozenset({Failure.UNREACHABLE, Failure.TIMEOUT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +107,7 @@ class Verifier:
                 for call in list(done)[:1]:  # one by one: a replay takes its time
                     hotkey = pending.pop(call)
                     reply = call.result()
-                    if reply.failure in SILENT:
+                    if reply.reply is None:
                         silent.add(hotkey)
                     results[hotkey] = self._judge(receipts[hotkey], draws[hotkey], reply)
             for call, hotkey in pending.items():

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -26,13 +24,13 @@ from hivetrain.scoring import CheckResult, MovingAverage, Score
 from hivetrain.training.state import state_hash
 from hivetrain.verification.receipt import decode_snapshot
 from hivetrain.workbench import Workbench
+from template.acceptance import why_unacceptable
 from template.anchor import Anchor, candidates, find_base, parse_anchors
 from template.board import Board
 from template.chain.client import ChainCommitment, NeuronInfo
 from template.chain.keys import WalletIdentity, verify
 from template.handlers import Handlers
 from template.leader import leader_order
-from template.neuron import Neuron
 from template.participant import Participation, make_reply, take_part
 from template.validator.collect import Collected, address_of, collect_receipts
 from template.validator.lead import Led, call_group, count_signatures, make_plan, make_synapse
@@ -244,10 +242,17 @@ def test_who_comes_later_finds_the_epoch_by_its_anchor_and_loads_the_same_bits(n
         {VALIDATOR.hotkey},
         net.world.parts.run_id,
     )
-    neuron = SimpleNamespace(run_id=net.world.parts.run_id, parts=net.world.parts, recipe=net.world.parts.recipe)
+    parts = net.world.parts
 
     def acceptable(manifest: Manifest) -> str | None:
-        return Neuron._why_unacceptable(cast(Neuron, neuron), manifest)
+        return why_unacceptable(
+            manifest,
+            run_id=parts.run_id,
+            schema_hash=parts.schema_hash,
+            quorum=parts.recipe.gates.quorum,
+            registered=lambda hotkey: True,
+            verify=verify,
+        )
 
     assert find_base(found, 50, net.world.store.resolve, acceptable) == ref
     during_the_round = find_base(found, 41, net.world.store.resolve, acceptable)

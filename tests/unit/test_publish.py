@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
@@ -17,8 +16,8 @@ from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import Manifest, Ref, parse_manifest, state_message
 from hivetrain.training.outer import outer_step
 from hivetrain.training.state import State, state_hash
-from template.chain.keys import WalletIdentity
-from template.neuron import Neuron
+from template.acceptance import why_unacceptable
+from template.chain.keys import WalletIdentity, verify
 from template.participant import Participation
 from template.validator.lead import Led
 from template.validator.publish import NotPublished, check_gates, publish_epoch, sent_weights, sign_manifest
@@ -160,10 +159,16 @@ def publish(world: World, led: Led, store: MemoryStore | None = None) -> Ref:
     )
 
 
-def why(world: World, manifest: Manifest) -> str | None:
+def why(world: World, manifest: Manifest, gone: Collection[str] = ()) -> str | None:
     """What every neuron says of a manifest."""
-    neuron = SimpleNamespace(run_id=world.parts.run_id, parts=world.parts, recipe=world.parts.recipe)
-    return Neuron._why_unacceptable(cast(Neuron, neuron), manifest)
+    return why_unacceptable(
+        manifest,
+        run_id=world.parts.run_id,
+        schema_hash=world.parts.schema_hash,
+        quorum=world.parts.recipe.gates.quorum,
+        registered=lambda hotkey: hotkey not in gone,
+        verify=verify,
+    )
 
 
 def test_a_published_epoch_is_accepted_and_loads_to_the_same_state(world: World, next_state: State) -> None:
@@ -266,3 +271,8 @@ def test_members_signatures_count_for_the_state_round_and_attempt_that_they_sign
 
 def test_an_epoch_of_nobody_is_refused(world: World, manifest: Manifest) -> None:
     assert "hold 0 of 0" in str(why(world, resigned(manifest, weights={}, members=())))
+
+
+def test_the_signature_of_who_is_not_registered_does_not_count(world: World, next_state: State) -> None:
+    manifest = publish(world, led_by(world, next_state), MemoryStore()).manifest
+    assert why(world, manifest, gone=set(manifest.weights)) is not None

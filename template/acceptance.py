@@ -1,0 +1,53 @@
+"""Whether a published manifest may be a base: signed by its leader, and by members who hold a quorum of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hivetrain.identity import Verify
+from hivetrain.manifest import Manifest, state_message
+
+
+def why_unacceptable(
+    manifest: Manifest,
+    *,
+    run_id: str,
+    schema_hash: str,
+    quorum: float,
+    registered: Callable[[str], bool],
+    verify: Verify,
+) -> str | None:
+    """Why ``manifest`` is refused, or None.
+
+    Args:
+        run_id: ours.
+        schema_hash: ours.
+        quorum: share of the samples whose members must have signed the state, in (0, 1].
+        registered: whether a hotkey is registered now; a throwaway key stands for nobody.
+        verify: checks signatures.
+    """
+    if manifest.run_id != run_id:
+        return f"run {manifest.run_id[:12]}, ours is {run_id[:12]}"
+    if not verify(manifest.leader, manifest.signed_bytes(), _hex(manifest.leader_signature)):
+        return f"not signed by its leader {manifest.leader}"
+    if manifest.epoch == 0:
+        return None
+    if manifest.schema_hash != schema_hash:
+        return f"schema {manifest.schema_hash[:12]}, ours is {schema_hash[:12]}"
+    message = state_message(manifest.run_id, manifest.round, manifest.attempt, manifest.state_hash)
+    total = sum(manifest.weights.values())
+    signed = sum(
+        weight
+        for hotkey, weight in manifest.weights.items()
+        if registered(hotkey) and verify(hotkey, message, _hex(manifest.signatures.get(hotkey, "")))
+    )
+    if total <= 0 or signed < quorum * total:
+        return f"members who hold {signed:g} of {total:g} samples signed, the quorum is {quorum:.2f}"
+    return None
+
+
+def _hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
