@@ -219,3 +219,22 @@ def test_a_member_that_saw_very_many_faults_still_answers(world: World, receipts
     reply = make_reply(plan, Participation(outcome=outcome, state=None, detail="a part of the mean is missing"))
     assert (reply.completed, len(reply.faults)) == (False, 1023)
     assert len(reply.to_bytes()) < type(make_synapse(plan, "0" * 64)).max_reply_bytes
+
+
+def test_who_left_a_part_undone_lately_sends_and_reduces_nothing(world: World, receipts: dict[str, Receipt]) -> None:
+    tired = sorted(receipts)[0]
+    plan = make_plan(
+        parts=world.parts,
+        round_number=ROUND,
+        attempt=0,
+        receipts=receipts,
+        weights=dict.fromkeys(receipts, 16.0),
+        sitting=("leader",),
+        anchors=anchors_of(*receipts, "leader"),
+        duration_s=20.0,
+        resting={tired},
+    )
+    member = made(plan).member(tired)
+    assert member is not None
+    assert (member.sends, member.reduces) == (True, False)
+    assert tired not in {part.reducer.hotkey for part in made(plan).parts()}

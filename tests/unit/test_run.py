@@ -47,6 +47,7 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[scoring]\ndistance_zero = 0.01", "distance_full < distance_zero"),
         ("[gates]\nquorum = 0.0", "gates.quorum must be in (0, 1]"),
         ("[hub]\nrepo = 'model'", "hub.repo must be OWNER/NAME"),
+        ("[data]\nmax_miners = 257", "data.max_miners must be <= 256, got 257"),
         ("[data]\nrepo = 'corpus'", "data.repo must be OWNER/NAME"),
         ("[outer]\nmomentum = 1.0", "outer.momentum must be in [0, 1)"),
     ],
