@@ -138,30 +138,8 @@ def make_run(
     names = [f"miner-{i + 1}" for i in range(num_miners)] + [f"validator-{i + 1}" for i in range(num_validators)]
     chain_endpoint = _make_chain(folder, names, made, block_time_s)
     wallets = [load_wallet(name, "default", folder / "wallets") for name in names]
-    owner = wallets[num_miners]
-    identity = WalletIdentity(owner)
-    found = run_id(made.recipe, made.tokenizer_sha256, state_hash(made.state))
-    manifest = Manifest(
-        run_id=found,
-        epoch=0,
-        round=-1,
-        parent="",
-        schema_hash=made.schema_hash,
-        state_hash=state_hash(made.state),
-        files=file_entries(made.files),
-        val_loss=made.val_loss,
-        block=0,
-        nonce=secrets.token_hex(16),
-        leader=identity.hotkey,
-    )
     say("genesis: publishing epoch 0")
-    store = HubStore(endpoint=endpoint, repo=made.recipe.hub.repo, token=token)
-    ref = store.publish(sign_manifest(manifest, identity), made.files)
-    anchor = Anchor(
-        run_id=bytes.fromhex(found), repo=made.recipe.hub.repo, epoch=0, manifest=bytes.fromhex(ref.manifest_sha256)
-    )
-    with Chain(network="local", netuid=NETUID, wallet=owner, chain_endpoint=chain_endpoint) as chain:
-        chain.commit(anchor.to_bytes())
+    found = _publish(made, folder, names[num_miners], endpoint, token, chain_endpoint)
     record = {
         "run_id": found,
         "netuid": NETUID,
@@ -187,6 +165,32 @@ def make_run(
         f"genesis: run {found[:12]}, val loss {made.val_loss:.3f}, {blocks.round_blocks} blocks of {block_time_s:g} s "
         f"a round, done in {time.perf_counter() - started:.1f} s"
     )
+
+
+def _publish(made: Made, folder: Path, owner: str, endpoint: str, token: str | None, chain_endpoint: str) -> str:
+    """Publish epoch 0 as the wallet ``owner``, anchor it on chain, and return the run's id."""
+    wallet = load_wallet(owner, "default", folder / "wallets")
+    identity = WalletIdentity(wallet)
+    found = run_id(made.recipe, made.tokenizer_sha256, state_hash(made.state))
+    manifest = Manifest(
+        run_id=found,
+        epoch=0,
+        round=-1,
+        parent="",
+        schema_hash=made.schema_hash,
+        state_hash=state_hash(made.state),
+        files=file_entries(made.files),
+        val_loss=made.val_loss,
+        block=0,
+        nonce=secrets.token_hex(16),
+        leader=identity.hotkey,
+    )
+    repo = made.recipe.hub.repo
+    ref = HubStore(endpoint=endpoint, repo=repo, token=token).publish(sign_manifest(manifest, identity), made.files)
+    anchor = Anchor(run_id=bytes.fromhex(found), repo=repo, epoch=0, manifest=bytes.fromhex(ref.manifest_sha256))
+    with Chain(network="local", netuid=NETUID, wallet=wallet, chain_endpoint=chain_endpoint) as chain:
+        chain.commit(anchor.to_bytes())
+    return found
 
 
 def _make(
