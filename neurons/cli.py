@@ -176,14 +176,20 @@ def down(
 @app.command()
 def doctor(
     dir: DirOption = DEFAULT_DIR,
-    axon_port: Annotated[int | None, typer.Option("--axon.port", help="also check that this port is free")] = None,
-    hub_endpoint: Annotated[str, typer.Option("--hub.endpoint", help="also compare clocks with this hub")] = "",
+    axon_port: Annotated[int, typer.Option("--axon.port", help="check that this port is free")] = 8091,
+    hub_endpoint: Annotated[
+        str, typer.Option("--hub.endpoint", help="compare clocks with this hub; default: that of the network in --dir")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Check Python, PyTorch, packages, ports, disk, memory, clock, and which tokens are set."""
     from neurons.doctor import Verdict, examine
     from neurons.doctor import as_json as to_json
 
+    if not hub_endpoint and (dir / "genesis.json").is_file():
+        from neurons.report import read_genesis
+
+        hub_endpoint = read_genesis(dir).hub_endpoint
     checks = examine(dir, environ=os.environ, axon_port=axon_port, hub_endpoint=hub_endpoint)
     if as_json:
         _print_json(to_json(checks))
@@ -219,7 +225,9 @@ def register(
     """Make keys for one more miner, register it on the local network, and print the command that runs it."""
     from neurons.register import register_miner
 
-    typer.echo(register_miner(name, dir=dir.expanduser().absolute()))
+    uid, command = register_miner(name, dir=dir.expanduser().absolute())
+    typer.echo(f"{name} is registered as uid {uid}; run it with:", err=True)
+    typer.echo(command)
 
 
 @app.command()

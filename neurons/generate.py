@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = Non
     parts = bench.open(str(run["run_id"]))
     newest = store.latest()
     assert newest is not None  # `open` has read epoch 0
+    print(f"epoch {newest.epoch}, held-out loss {newest.manifest.val_loss:.3f}", file=sys.stderr)
     parts.flat.load_(bench.load_state(newest, parts).vector)
     ids = parts.tokenizer(prompt, return_tensors="pt").input_ids
     generator = torch.Generator().manual_seed(seed)

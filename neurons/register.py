@@ -14,11 +14,11 @@ from neurons.report import Member, read_genesis
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def register_miner(name: str, *, dir: Path) -> str:
+def register_miner(name: str, *, dir: Path) -> tuple[int, str]:
     """Register ``name`` on the local network in ``dir``; running it again only prints the command again.
 
     Returns:
-        The command line of the miner.
+        Its uid, and the command line that runs it.
 
     Raises:
         ConfigError: not a name for a wallet, or no network in ``dir``.
@@ -34,11 +34,12 @@ def register_miner(name: str, *, dir: Path) -> str:
     genesis = read_genesis(dir)
     wallet = load_wallet(name, "default", dir / "wallets", create=True)
     with Chain(network="local", netuid=genesis.netuid, wallet=wallet, chain_endpoint=genesis.chain_endpoint) as chain:
-        chain.register()
+        uid = chain.register()
     member = Member(name=name, hotkey_name="default", role="miner", ss58=WalletIdentity(wallet).hotkey)
     flags = neuron_flags(UpOptions(dir=dir), member, genesis, axon_port=_free_port())
     script = Path(__file__).with_name("miner.py")
-    return shlex.join(["python", _shown(script), *flags])
+    flags += ["--logging.logging_dir", str(dir / "logs")]  # where `hivetrain logs` looks
+    return uid, shlex.join(["python", _shown(script), *flags])
 
 
 def _free_port() -> int:

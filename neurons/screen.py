@@ -210,7 +210,10 @@ def print_status(folder: Path, *, is_running: bool, console: Console) -> None:
     """What `hivetrain status` shows: the newest status of every neuron, running or not."""
     rows = with_scores(folder, read_statuses(folder / "status"))
     if not rows:
-        console.print(f"no neuron has run in {folder}; start some with `hivetrain up --dir {folder}`")
+        if is_running:
+            console.print(f"the network in {folder} is starting; no neuron has reported yet")
+        else:
+            console.print(f"no neuron has run in {folder}; start some with `hivetrain up --dir {folder}`")
         return
     view = View(title=str(folder), rows=rows)
     if not is_running:

@@ -117,7 +117,7 @@ class Validator(Neuron):
             time_left_s=lambda: (end - self.blocks.block) * self.schedule.block_time_s,
         )
         receipts, refused = notes.collected.receipts, notes.collected.refused
-        logger.info("round %d: %d receipts, %s", position.round, len(receipts), refused)
+        logger.info("round %d: %d receipts, %d refused", position.round, len(receipts), len(refused))
         stale = [why for why in refused.values() if "freshness window" in why or "in the future" in why]
         if stale and not receipts:
             logger.error("check your clock: the miners refuse our requests, %s", stale[0])

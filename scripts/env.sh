@@ -36,7 +36,7 @@ install_into_venv() {
     echo "[2/3] installing PyTorch (log: $log)" >&2
     "${pip[@]}" install --quiet -c "$ROOT/constraints.txt" "torch==2.13.0" >"$log" 2>&1 </dev/null ||
         { tail -n 20 "$log" >&2; echo "error: PyTorch could not be installed; the whole log is $log" >&2; return 1; }
-    echo "[3/3] installing Hivetrain and what it needs" >&2
+    echo "[3/3] installing Hivetrain and what it needs, a minute or two (log: $log)" >&2
     "${pip[@]}" install --quiet -c "$ROOT/constraints.txt" -e "$ROOT[dev]" >>"$log" 2>&1 </dev/null ||
         { tail -n 20 "$log" >&2; echo "error: Hivetrain could not be installed; the whole log is $log" >&2; return 1; }
 }

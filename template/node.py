@@ -150,6 +150,7 @@ class Node:
                 step()
             except Exception:  # the boundary of shutting down: log and go on
                 logger.exception("while stopping")
+        self._say("stopped", "")
         self.events.close()
         self.status.flush()
 
@@ -270,7 +271,8 @@ class Node:
                 if named or not peers:
                     raise
                 # Addresses on chain outlive their neurons; members are dialled by the plan's addresses anyway.
-                logger.info("none of the %d peers on chain answers, starting alone: %s", len(peers), exc)
+                logger.info("none of the %d peers on chain is up yet, starting alone", len(peers))
+                logger.debug("%s", exc)
         raise AssertionError("the last attempt returns or raises")
 
     def _open_tracker(self) -> Trackers:

@@ -181,7 +181,8 @@ class HubStore:
         if tags:
             self._drop_stale_branches(max(tags))
             freed = self._remote.retry(self._remote.collect)
-            logger.info("pruned %d epochs, freed %s bytes", len(dropped), "unknown" if freed is None else freed)
+            if dropped:
+                logger.info("pruned %d epochs, freed %s bytes", len(dropped), "unknown" if freed is None else freed)
         return dropped
 
     def _drop_tag(self, tag: str) -> None:

@@ -33,6 +33,12 @@ class CheckResult:
     fault: Fault | None = None
     detail: str = ""
 
+    def in_words(self) -> str:
+        """One line for a log."""
+        if self.fault is not None:
+            return f"{self.fault.value}: {self.detail}"
+        return f"passed, {self.detail}, replay distance {self.distance or 0.0:.2e}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bandwidth:

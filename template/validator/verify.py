@@ -121,7 +121,7 @@ class Verifier:
             # Not one of several answered: more likely it is our own line.
             results = dict.fromkeys(drawn)
         for hotkey, result in results.items():
-            logger.info("check of %s: %s", hotkey[:8], result or "not done here")
+            logger.info("check of %s: %s", hotkey[:8], result.in_words() if result else "not done here")
         return results
 
     def _ask_all(
