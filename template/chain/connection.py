@@ -169,7 +169,7 @@ class Connection:
         text = " ".join(str(error).split()) or type(error).__name__
         name, code = getattr(error, "name", None), getattr(error, "code", None)
         if code is bt.ErrorCode.NOT_REGISTERED or name == "AccountNotAllowedCommit":
-            return ConfigError(f"{what}: {text}; register the hotkey first: btcli subnet register")
+            return ConfigError(f"{what}: {text}; register the hotkey first: btcli subnets register")
         if code is bt.ErrorCode.SUBNET_NOT_EXISTS:
             return ConfigError(f"{what}: {text}; check --netuid and --subtensor.network")
         if name == "IncorrectWeightVersionKey":

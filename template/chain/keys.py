@@ -59,10 +59,10 @@ def _create_missing(wallet: bt.Wallet) -> None:
 def _require(file: str, kind: str, name: str, hotkey: str, folder: Path) -> None:
     if Path(file).exists():
         return
-    command = f"btcli wallet new-{kind} --wallet.name {name}"
+    command = f"btcli wallet new-{kind} --wallet {name}"  # btcli's own names for --wallet.name and its like
     if kind == "hotkey":
-        command += f" --wallet.hotkey {hotkey}"
-    raise ConfigError(f"no {kind} at {file}; check --wallet.path, or make one: {command} --wallet.path {folder}")
+        command += f" --wallet-hotkey {hotkey}"
+    raise ConfigError(f"no {kind} at {file}; check --wallet.path, or make one: {command} --wallet-path {folder}")
 
 
 class WalletIdentity:

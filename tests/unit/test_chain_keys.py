@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,16 +29,25 @@ def test_creating_keeps_what_is_there(tmp_path: Path) -> None:
     assert first.hotkey.ss58_address == again.hotkey.ss58_address != second.hotkey.ss58_address
 
 
-def test_a_missing_coldkey_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"new-coldkey --wallet\.name alice"):
-        load_wallet("alice", "h1", tmp_path)
+def advised_command(folder: Path, hotkey: str) -> list[str]:
+    """The command that the refusal names, with this environment's btcli."""
+    with pytest.raises(ConfigError, match="or make one: btcli") as refused:
+        load_wallet("alice", hotkey, folder)
+    words = shlex.split(str(refused.value).partition("or make one: ")[2])
+    return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+
+
+def test_a_missing_key_names_the_very_command_that_makes_it(tmp_path: Path) -> None:
+    for kind, extra in (("coldkey", ["--no-password"]), ("hotkey", [])):
+        command = advised_command(tmp_path, "h2")
+        assert f"new-{kind}" in command
+        subprocess.run([*command, *extra], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert load_wallet("alice", "h2", tmp_path).hotkey.ss58_address
+
+
+def test_a_refusal_makes_no_keys(tmp_path: Path) -> None:
+    advised_command(tmp_path, "h1")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_hotkey_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    load_wallet("alice", "h1", tmp_path, create=True)
-    with pytest.raises(ConfigError, match=r"new-hotkey --wallet\.name alice --wallet\.hotkey h2"):
-        load_wallet("alice", "h2", tmp_path)
 
 
 def test_a_garbled_hotkey_is_a_config_error(tmp_path: Path) -> None:
