@@ -2,6 +2,7 @@
 
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import Batches, InnerLoop, RoundWork, StepReport, TrainingDiverged, learning_rate
+from hivetrain.training.merge import Merged, check_base, install_base_, merge_into_base
 from hivetrain.training.outer import outer_step, pseudo_gradient
 from hivetrain.training.state import (
     Snapshot,
@@ -16,16 +17,20 @@ from hivetrain.training.state import (
 __all__ = [
     "Batches",
     "InnerLoop",
+    "Merged",
     "RoundWork",
     "Snapshot",
     "State",
     "StepReport",
     "TrainingDiverged",
     "at_snapshot",
+    "check_base",
     "genesis_state",
     "heldout_loss",
+    "install_base_",
     "learning_rate",
     "load_state",
+    "merge_into_base",
     "outer_step",
     "pseudo_gradient",
     "state_files",
