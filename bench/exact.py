@@ -37,6 +37,7 @@ from hivetrain.model.weights import Form
 from hivetrain.run import Adapter, Model, Recipe
 from hivetrain.training import (
     InnerLoop,
+    LiveBase,
     RoundWork,
     State,
     genesis_state,
@@ -161,9 +162,11 @@ def set_stage(adapter: Adapter, windows: Tensor, num_own: int) -> Stage:
     if not num_own:
         return Stage(model=model, recipe=recipe, state=state, base=base, starts=(state.vector,))
     merged = [merge_into_base(state, base, layers, entries, seed) for seed in range(num_own)]
-    install_base_(layers, merged[0].base, 0, 0)
-    starts = tuple(one.state.vector for one in merged)
-    return Stage(model=model, recipe=recipe, state=merged[0].state, base=merged[0].base, starts=starts)
+    new_base = merged[0].base
+    assert new_base is not None
+    install_base_(layers, new_base, 0, 0)
+    starts = tuple(one.vector for one in merged)
+    return Stage(model=model, recipe=recipe, state=merged[0], base=new_base, starts=starts)
 
 
 def batches(windows: Tensor, member: int) -> Callable[[int], Tensor]:
@@ -250,6 +253,7 @@ class WaySimulation(Simulation):
         super().__init__(corpus, recipe, num_rounds)
         self._residual = residual
         self._layers = adapted_layers(self._model.module)
+        self._base = LiveBase(self._model.module, self._model.flat, recipe, self._model.base_sha256)
 
     def _combine(self, state: State, works: list[RoundWork]) -> State:
         after = super()._combine(state, works)
@@ -259,12 +263,7 @@ class WaySimulation(Simulation):
             base, vector = fold_residuals(self._layers, base, vectors, [1.0] * len(works), after.vector, entries)
             install_base_(self._layers, base, seed, 0)
             return dataclasses.replace(after, vector=vector)
-        every = self._recipe.adapter.merge_every
-        if every and after.epoch % every == 0:
-            merged = merge_into_base(after, base_tensors(self._model.module), self._layers, entries, seed)
-            install_base_(self._layers, merged.base, seed, after.epoch)
-            return merged.state
-        return after
+        return self._base.adopt_(self._base.advance(after))
 
 
 _corpora: dict[Path, Corpus] = {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hivetrain import run
-from hivetrain.errors import ConfigError
+from hivetrain.errors import ConfigError, IntegrityError
 from hivetrain.model.weights import base_tensors, tensors_sha256
 
 if TYPE_CHECKING:
@@ -157,6 +157,22 @@ def base_files(model: PreTrainedModel) -> dict[str, bytes]:
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS_NAME: weights_file(base_tensors(model)),
     }
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `model.safetensors` that is not ours, by name; of any shape, and maybe not finite.
+
+    Raises:
+        IntegrityError: it is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        # Copied out of the file's mapping, which a later download may replace.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise IntegrityError(f"{path.name} is not safetensors: {exc}") from exc
 
 
 def weights_file(tensors: Mapping[str, Tensor]) -> bytes:

@@ -1,8 +1,9 @@
 """Training: the state of a run, a miner's inner steps, the group's outer step, and held-out loss."""
 
+from hivetrain.training.base import LiveBase, install_base_
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import Batches, InnerLoop, RoundWork, StepReport, TrainingDiverged, learning_rate
-from hivetrain.training.merge import Merged, check_base, install_base_, merge_into_base
+from hivetrain.training.merge import merge_into_base
 from hivetrain.training.outer import outer_step, pseudo_gradient
 from hivetrain.training.state import (
     Snapshot,
@@ -17,14 +18,13 @@ from hivetrain.training.state import (
 __all__ = [
     "Batches",
     "InnerLoop",
-    "Merged",
+    "LiveBase",
     "RoundWork",
     "Snapshot",
     "State",
     "StepReport",
     "TrainingDiverged",
     "at_snapshot",
-    "check_base",
     "genesis_state",
     "heldout_loss",
     "install_base_",

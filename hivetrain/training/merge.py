@@ -12,28 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hivetrain.errors import IntegrityError
 from hivetrain.model.vector import Entry, join, split
 from hivetrain.model.weights import AdaptedLayer, tensors_sha256
 from hivetrain.training.state import State
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Merged:
-    """What a merge gives.
-
-    Attributes:
-        base: the new base's tensors by name, on the CPU: a whole model, trained embeddings and norms included.
-        state: the same epoch and step, on that base, with fresh adapters.
-    """
-
-    base: dict[str, Tensor]
-    state: State
 
 
 def merge_into_base(
@@ -42,7 +27,7 @@ def merge_into_base(
     layers: Sequence[AdaptedLayer],
     entries: tuple[Entry, ...],
     seed: int,
-) -> Merged:
+) -> State:
     """Merge the state's adapters and start fresh ones; nothing that is passed in is written to.
 
     Args:
@@ -51,6 +36,10 @@ def merge_into_base(
         layers: as `adapted_layers` gives them.
         entries: names and shapes of the vector.
         seed: the recipe's `model.seed`; with the epoch it draws the new A's.
+
+    Returns:
+        the same epoch and step with fresh adapters, and in `State.base` a whole model: trained embeddings and norms
+        are in it as they are in the vector.
     """
     trained = split(state.vector, entries)
     merged = {name: trained.get(name, tensor).detach().cpu().clone() for name, tensor in base.items()}
@@ -66,48 +55,12 @@ def merge_into_base(
         return join({n: torch.zeros_like(t) if n in restarted else t for n, t in named.items()}, entries)
 
     momentum = state.outer_momentum
-    return Merged(
+    return dataclasses.replace(
+        state,
+        vector=join(fresh, entries),
+        exp_avg=without_adapters(state.exp_avg),
+        exp_avg_sq=without_adapters(state.exp_avg_sq),
+        outer_momentum=None if momentum is None else without_adapters(momentum),
+        base_sha256=tensors_sha256(merged),
         base=merged,
-        state=dataclasses.replace(
-            state,
-            vector=join(fresh, entries),
-            exp_avg=without_adapters(state.exp_avg),
-            exp_avg_sq=without_adapters(state.exp_avg_sq),
-            outer_momentum=None if momentum is None else without_adapters(momentum),
-            base_sha256=tensors_sha256(merged),
-        ),
     )
-
-
-def install_base_(layers: Sequence[AdaptedLayer], base: Mapping[str, Tensor], seed: int, epoch: int) -> None:
-    """Put ``base`` under the adapters of the live model; load the state's vector afterwards.
-
-    Args:
-        base: as `merge_into_base` or `check_base` gave it.
-        epoch: the one whose merge made it, 0 for the genesis base.
-    """
-    for layer in layers:
-        layer.rebase_(layer.oriented(base[layer.weight_name]), seed, epoch)
-
-
-def check_base(found: Mapping[str, Tensor], live: Mapping[str, Tensor], expected_sha256: str) -> None:
-    """Refuse downloaded base tensors that are not those whose hash the members signed.
-
-    Args:
-        found: what the download holds.
-        live: the tensors of the model that it is meant for, as `base_tensors` gives them.
-
-    Raises:
-        IntegrityError: names the first difference.
-    """
-    for name, tensor in live.items():
-        theirs = found.get(name)
-        if theirs is None or theirs.shape != tensor.shape or theirs.dtype != tensor.dtype:
-            got = "nothing" if theirs is None else f"{theirs.dtype} {list(theirs.shape)}"
-            raise IntegrityError(f"the merged base's {name} must be {tensor.dtype} {list(tensor.shape)}, got {got}")
-    unknown = sorted(set(found) - set(live))
-    if unknown:
-        raise IntegrityError(f"the merged base holds {unknown[0]}, which this model does not have")
-    digest = tensors_sha256(found)
-    if digest != expected_sha256:
-        raise IntegrityError(f"the merged base has sha256 {digest}, the state belongs to {expected_sha256}")
