@@ -30,7 +30,7 @@ from hivetrain.data.reader import SegmentReader, load_heldout, load_round
 from hivetrain.data.tokenizer import train_tokenizer
 from hivetrain.model import Assembled, assemble
 from hivetrain.run import Recipe
-from hivetrain.training import InnerLoop, State, genesis_state, heldout_loss, outer_step, pseudo_gradient
+from hivetrain.training import InnerLoop, RoundWork, State, genesis_state, heldout_loss, outer_step, pseudo_gradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -122,16 +122,20 @@ class Simulation:
         curve = [self._heldout(state)]
         for round_number in range(self._num_rounds):
             works = [loop.run(state, self._batch(round_number, rank), num_steps=steps) for rank in range(NUM_MINERS)]
-            state = outer_step(
-                state,
-                _mean([pseudo_gradient(state.vector, work.vector) for work in works]),
-                _mean([work.exp_avg for work in works]),
-                _mean([work.exp_avg_sq for work in works]),
-                self._recipe.outer,
-                steps,
-            )
+            state = self._combine(state, works)
             curve.append(self._heldout(state))
         return curve
+
+    def _combine(self, state: State, works: list[RoundWork]) -> State:
+        """The next epoch's state from what the miners did."""
+        return outer_step(
+            state,
+            mean([pseudo_gradient(state.vector, work.vector) for work in works]),
+            mean([work.exp_avg for work in works]),
+            mean([work.exp_avg_sq for work in works]),
+            self._recipe.outer,
+            self._recipe.inner.max_steps,
+        )
 
     def alone(self, lr: float) -> list[float]:
         """The same for one process with the three batches joined, at peak rate ``lr``."""
@@ -158,7 +162,8 @@ class Simulation:
         return curve
 
 
-def _mean(vectors: list[Tensor]) -> Tensor:
+def mean(vectors: list[Tensor]) -> Tensor:
+    """The plain mean of [P] vectors, in float32."""
     return torch.stack(vectors).mean(dim=0)
 
 

@@ -76,16 +76,24 @@ class Tokenizer:
 class Adapter:
     """Which parameters train. Source of DoRA: https://arxiv.org/abs/2402.09353."""
 
-    kind: Literal["dora", "lora", "full"] = "dora"
+    kind: Literal["dora", "dora_linear", "lora", "full"] = "dora"  # dora_linear: the mean of vectors is exact
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()  # empty: every linear layer but the head
     train_embeddings: bool = True  # needed on a randomly initialised base
     train_norms: bool = True
+    merge_every: int = 0  # epochs between two merges of the adapter into the base; 0: never
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("dora", "lora", "full"), f"adapter.kind must be dora, lora or full, got {self.kind!r}")
+        kinds = ("dora", "dora_linear", "lora", "full")
+        _require(self.kind in kinds, f"adapter.kind must be dora, dora_linear, lora or full, got {self.kind!r}")
         _positive("adapter", rank=self.rank, alpha=self.alpha)
+        _require(self.merge_every >= 0, f"adapter.merge_every must be >= 0, got {self.merge_every}")
+        _require(self.kind != "full" or self.merge_every == 0, "adapter.merge_every must be 0 without an adapter")
+
+    def base_epoch(self, epoch: int) -> int:
+        """The epoch whose base the state of ``epoch`` belongs to: that of the newest merge, 0 before the first."""
+        return epoch - epoch % self.merge_every if self.merge_every else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +132,7 @@ class Inner:
     final_lr_ratio: float = 0.1
     warmup_steps: int = 100  # long: steps taken apart cancel out in the mean while the model is still unformed
     total_steps: int = 600
+    rewarm_steps: int = 10  # of warm-up after a merge of the adapter
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -136,6 +145,7 @@ class Inner:
         _positive("inner", max_steps=self.max_steps, lr=self.lr, total_steps=self.total_steps, eps=self.eps)
         _positive("inner", clip_norm=self.clip_norm, snapshot_every=self.snapshot_every)
         _require(self.warmup_steps >= 0, f"inner.warmup_steps must be >= 0, got {self.warmup_steps}")
+        _require(self.rewarm_steps >= 0, f"inner.rewarm_steps must be >= 0, got {self.rewarm_steps}")
         _require(self.weight_decay >= 0, f"inner.weight_decay must be >= 0, got {self.weight_decay}")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             _require(0 <= beta < 1, f"inner.{name} must be in [0, 1), got {beta}")

@@ -6,6 +6,7 @@ whose hash is on chain, and then turns epochs into states and rounds into tokens
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import shutil
@@ -27,12 +28,14 @@ from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.hub.store import ModelStore
 from hivetrain.manifest import Ref
 from hivetrain.model.dora import attach_adapter
-from hivetrain.model.load import base_sha256, load_base
+from hivetrain.model.load import WEIGHTS_NAME, base_sha256, load_base, read_weights
 from hivetrain.model.vector import FlatVector, schema_hash
+from hivetrain.model.weights import tensors_sha256
 from hivetrain.run import Recipe, differing_fields, parse_recipe
+from hivetrain.training.base import LiveBase
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import InnerLoop
-from hivetrain.training.state import State, load_state, state_hash
+from hivetrain.training.state import MAX_HEADER_BYTES, State, load_state, state_hash
 from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES, snapshot_size_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ RECIPE_NAME = "run.toml"
 INDEX_NAME = "index.json"
 TOKENIZER_PREFIX = "tokenizer/"
 BASE_PREFIX = "base/"
+BASE_WEIGHTS = BASE_PREFIX + WEIGHTS_NAME
 DELTA, EXP_AVG, EXP_AVG_SQ = "delta", "exp_avg", "exp_avg_sq"
 """Sections of what the all-reduce carries: pseudo-gradient, then AdamW's two moments."""
 
@@ -69,7 +73,7 @@ class Parts:
     index: DatasetIndex
     model: nn.Module
     flat: FlatVector
-    base_sha256: str
+    base: LiveBase
     layout: PayloadLayout
     loop: InnerLoop
     reader: SegmentReader
@@ -162,7 +166,7 @@ class Workbench:
             index=index,
             model=adapted,
             flat=flat,
-            base_sha256=base_hash,
+            base=LiveBase(adapted, flat, recipe, base_hash),
             layout=make_layout(flat.size, recipe.averaging),
             loop=InnerLoop(adapted, flat, recipe, self.device),
             reader=reader,
@@ -170,7 +174,7 @@ class Workbench:
         )
 
     def load_state(self, ref: Ref, parts: Parts) -> State:
-        """Download, verify and parse the state of ``ref``.
+        """Download, verify and parse the state of ``ref``, with its base where that is not under the model.
 
         Raises:
             IntegrityError: its hash is not the manifest's.
@@ -178,8 +182,10 @@ class Workbench:
         """
         folder = self._cache / f"epoch-{ref.epoch}-{ref.manifest_sha256[:12]}"
         try:
+            base = self._load_base(parts, parts.recipe.adapter.base_epoch(ref.epoch), folder)
+            expected = parts.base.sha256 if base is None else tensors_sha256(base)
             paths = self.store.fetch(ref, _state_paths(ref, folder), folder)
-            state = load_state(paths, parts.flat, parts.base_sha256)
+            state = load_state(paths, parts.flat, expected)
         except SchemaMismatch as exc:  # its publisher's doing, not a setting of ours
             raise IntegrityError(f"epoch {ref.epoch} does not hold this run's state: {exc}") from exc
         finally:
@@ -189,7 +195,25 @@ class Workbench:
             raise IntegrityError(
                 f"epoch {ref.epoch} holds state {found[:12]}, its manifest says {ref.manifest.state_hash[:12]}"
             )
-        return state
+        return dataclasses.replace(state, base=base)
+
+    def _load_base(self, parts: Parts, epoch: int, folder: Path) -> dict[str, Tensor] | None:
+        """The base that epoch ``epoch`` published; None where it is under the model already.
+
+        Its hash is in every state that belongs to it, which members signed: the caller checks that.
+        """
+        if epoch == parts.base.epoch:
+            return None
+        name = BASE_WEIGHTS
+        ref = self.store.resolve(epoch)
+        if ref is None or name not in ref.manifest.files:
+            raise IntegrityError(f"epoch {epoch} should hold the base in {name} and does not")
+        size, limit = ref.manifest.files[name].size_bytes, parts.base.size_bytes() + MAX_HEADER_BYTES
+        if size > limit:
+            raise IntegrityError(f"{name} of epoch {epoch} is {size} bytes, the limit is {limit}")
+        tensors = read_weights(self.store.fetch(ref, [name], folder)[name])
+        parts.base.check(tensors)
+        return tensors
 
     def round_data(self, parts: Parts, round_number: int, rank: int) -> RoundData:
         """The tokens of one miner's round; the same for everyone who asks."""
@@ -203,9 +227,10 @@ class Workbench:
             data=parts.recipe.data,
         )
 
-    def heldout_loss(self, parts: Parts, vector: Tensor) -> float:
-        """Held-out loss of ``vector`` [P], nats per token."""
-        return heldout_loss(parts.model, parts.flat, vector, parts.heldout, self.device)
+    def heldout_loss(self, parts: Parts, state: State) -> float:
+        """Held-out loss of ``state`` on its own base, nats per token."""
+        with parts.base.holding(state):
+            return heldout_loss(parts.model, parts.flat, state.vector, parts.heldout, self.device)
 
 
 def _state_paths(ref: Ref, folder: Path) -> dict[str, Path]:

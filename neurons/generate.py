@@ -43,7 +43,7 @@ def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = Non
     newest = store.latest()
     assert newest is not None  # `open` has read epoch 0
     print(f"epoch {newest.epoch}, held-out loss {newest.manifest.val_loss:.3f}", file=sys.stderr)
-    parts.flat.load_(bench.load_state(newest, parts).vector)
+    parts.flat.load_(parts.base.adopt_(bench.load_state(newest, parts)).vector)
     ids = parts.tokenizer(prompt, return_tensors="pt").input_ids
     generator = torch.Generator().manual_seed(seed)
     return str(parts.tokenizer.decode(_sample(parts.model, ids, max_tokens, generator)[0]))

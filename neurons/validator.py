@@ -225,7 +225,7 @@ class Validator(Neuron):
             self.events.append("round_failed", f"round {position.round}: {led.done.detail}", round=position.round)
             return
         self._say("publishing", f"epoch {led.done.state.epoch}")
-        val_loss = self.bench.heldout_loss(self.parts, led.done.state.vector)
+        val_loss = self.bench.heldout_loss(self.parts, led.done.state)
         try:
             check_gates(self.parts, led, val_loss, base.manifest.val_loss)
             ref = publish_epoch(
@@ -244,7 +244,7 @@ class Validator(Neuron):
             return
         self._log_epoch(ref, led)
         try:
-            self.store.prune(self.recipe.hub.keep_epochs)
+            self.store.prune(self.recipe.hub.keep_epochs, self.recipe.adapter.base_epoch)
         except ServiceError as exc:
             logger.warning("old epochs stay on the hub for now: %s", exc)
 

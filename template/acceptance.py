@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hivetrain.identity import Verify
 from hivetrain.manifest import Manifest, state_message
+from hivetrain.workbench import BASE_WEIGHTS
 
 
 def why_unacceptable(
@@ -15,6 +16,7 @@ def why_unacceptable(
     schema_hash: str,
     quorum: float,
     registered: Callable[[str], bool],
+    base_epoch: Callable[[int], int],
     verify: Verify,
 ) -> str | None:
     """Why ``manifest`` is refused, or None.
@@ -24,6 +26,7 @@ def why_unacceptable(
         schema_hash: ours.
         quorum: share of the samples whose members must have signed the state, in (0, 1].
         registered: whether a hotkey is registered now; a throwaway key stands for nobody.
+        base_epoch: the epoch that holds the base of an epoch, by the recipe.
         verify: checks signatures.
     """
     if manifest.run_id != run_id:
@@ -34,6 +37,11 @@ def why_unacceptable(
         return None
     if manifest.schema_hash != schema_hash:
         return f"schema {manifest.schema_hash[:12]}, ours is {schema_hash[:12]}"
+    wanted = base_epoch(manifest.epoch)
+    if manifest.base_epoch != wanted:
+        return f"names epoch {manifest.base_epoch} for its base, by the recipe that is epoch {wanted}"
+    if wanted == manifest.epoch and BASE_WEIGHTS not in manifest.files:
+        return f"its adapter was merged, and it holds no {BASE_WEIGHTS}"
     message = state_message(manifest.run_id, manifest.round, manifest.attempt, manifest.state_hash)
     total = sum(manifest.weights.values())
     signed = sum(

@@ -102,7 +102,7 @@ class Neuron(Node):
         else:
             self._say("resync", f"downloading epoch {ref.epoch}")
             source, state = "downloaded", self.bench.load_state(ref, self.parts)
-        self.held = Held(ref=ref, state=state)
+        self.held = Held(ref=ref, state=self.parts.base.adopt_(state))
         computed = pending.state_hash if pending is not None and pending.state_hash else digest
         self._record_state(ref, computed, source)
         self.status.update(epoch=ref.epoch)
@@ -126,6 +126,7 @@ class Neuron(Node):
             schema_hash=self.parts.schema_hash,
             quorum=self.recipe.gates.quorum,
             registered=lambda hotkey: self.metagraph.by_hotkey(hotkey) is not None,
+            base_epoch=self.recipe.adapter.base_epoch,
             verify=verify,
         )
 

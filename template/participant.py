@@ -71,6 +71,7 @@ def take_part(
         parts.recipe.outer,
         parts.recipe.inner.max_steps,
     )
+    next_state = parts.base.advance(next_state)
     digest = state_hash(next_state)
     signature = identity.sign(state_message(plan.run_id, plan.round, plan.attempt, digest)).hex()
     return Participation(outcome=outcome, state=next_state, state_hash=digest, signature=signature)

@@ -11,7 +11,7 @@ import contextlib
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -25,6 +25,7 @@ from hivetrain.hub.store import (
     checked,
     epochs_to_drop,
     fetch_verified,
+    genesis_base,
     make_ref,
     parse_epoch_tag,
     verified,
@@ -172,10 +173,10 @@ class HubStore:
             return verified_manifest(ref, raw)
         return self._remote.retry(lambda: b"".join(verified(ref, name, self._remote.stream(ref.commit, name))))
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
         """See `ModelStore.prune`. The production hub itself decides when it gives the space back."""
         tags = self._remote.retry(self._tags)
-        dropped = epochs_to_drop(tags, keep)
+        dropped = epochs_to_drop(tags, keep, base_epoch)
         for epoch in dropped:
             self._drop_tag(epoch_tag(epoch))
         if tags:

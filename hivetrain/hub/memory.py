@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hivetrain.hub.store import (
     check_files,
     epochs_to_drop,
     fetch_verified,
+    genesis_base,
     make_ref,
     verified,
     verified_manifest,
@@ -76,10 +77,10 @@ class MemoryStore:
             return verified_manifest(ref, self._bytes(ref, name))
         return b"".join(verified(ref, name, self._stream(ref, name)))
 
-    def prune(self, keep: int) -> list[int]:
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
         """See `ModelStore.prune`."""
         with self._lock:
-            dropped = epochs_to_drop(self._tags, keep)
+            dropped = epochs_to_drop(self._tags, keep, base_epoch)
             for epoch in dropped:
                 del self._commits[self._tags.pop(epoch)]
         return dropped

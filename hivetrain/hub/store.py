@@ -26,6 +26,11 @@ MAX_ARTEFACT_BYTES = 64 << 20
 _EPOCH_TAG = re.compile(r"epoch-([0-9]{6,9})")
 
 
+def genesis_base(_epoch: int) -> int:
+    """Where no merge ever replaces the base, epoch 0 holds everybody's."""
+    return 0
+
+
 class ModelStore(Protocol):
     """Epochs of one run. Every method may raise `HubError` when the hub does not answer rightly."""
 
@@ -73,8 +78,11 @@ class ModelStore(Protocol):
         """One small file of an epoch, or its manifest; raises as `fetch`."""
         ...
 
-    def prune(self, keep: int) -> list[int]:
-        """Drop all epochs but 0 and the newest ``keep``, and free their space; returns those dropped.
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+        """Drop all epochs but 0, the newest ``keep`` and their bases, and free their space; returns those dropped.
+
+        Args:
+            base_epoch: the epoch whose tag holds the base of an epoch.
 
         Raises:
             ValueError: ``keep`` is below 1.
@@ -241,15 +249,17 @@ def verified_manifest(ref: Ref, raw: bytes) -> bytes:
     return raw
 
 
-def epochs_to_drop(epochs: Iterable[int], keep: int) -> list[int]:
-    """All but epoch 0 and the newest ``keep``, ascending.
+def epochs_to_drop(epochs: Iterable[int], keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+    """All but epoch 0, the newest ``keep`` and the epochs that hold their bases, ascending.
 
     Raises:
         ValueError: ``keep`` is below 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    return [epoch for epoch in sorted(epochs)[:-keep] if epoch != 0]
+    ascending = sorted(epochs)
+    bases = {base_epoch(epoch) for epoch in ascending[-keep:]}
+    return [epoch for epoch in ascending[:-keep] if epoch != 0 and epoch not in bases]
 
 
 def _entry(ref: Ref, name: str) -> FileEntry:

@@ -1,4 +1,6 @@
-"""Which parameters train: a DoRA or LoRA adapter by peft, and optionally embeddings and norms beside it.
+"""Which parameters train: a DoRA or LoRA adapter, and optionally embeddings and norms beside it.
+
+LoRA and plain DoRA are peft's; the linear form of DoRA is `hivetrain.model.linear`.
 
 Embeddings and norms are trained by ``requires_grad`` alone. peft's ``modules_to_save`` would copy them and
 silently untie a tied head. A head that is tied to the embeddings stays tied, and trains with them once.
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from hivetrain import run
 from hivetrain.errors import ConfigError
+from hivetrain.model.linear import LinearDora, frozen_a
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +50,8 @@ def attach_adapter(model: PreTrainedModel, adapter: run.Adapter, seed: int) -> n
         return whole.eval()
     targets = _target_modules(model, adapter.target_modules)
     model.requires_grad_(False)
-    wrapped = _wrap(model, adapter, targets, seed)
+    linear = adapter.kind == "dora_linear"
+    wrapped = _wrap_linear(model, adapter, targets, seed) if linear else _wrap(model, adapter, targets, seed)
     if adapter.train_embeddings:
         _train_embeddings(model)
     if adapter.train_norms:
@@ -81,6 +85,17 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _wrap_linear(model: PreTrainedModel, adapter: run.Adapter, targets: list[str], seed: int) -> nn.Module:
+    scaling = adapter.alpha / adapter.rank
+    for name in targets:
+        base, transposed = model.get_submodule(name), _is_conv1d(model.get_submodule(name))
+        in_features = base.weight.shape[0 if transposed else 1]
+        a = frozen_a(seed, 0, name, adapter.rank, in_features, scaling)
+        model.set_submodule(name, LinearDora(base, a, scaling=scaling, transposed=transposed))
+    wrapped: nn.Module = model
+    return wrapped
 
 
 def _wrap(model: PreTrainedModel, adapter: run.Adapter, targets: list[str], seed: int) -> nn.Module:
@@ -132,7 +147,11 @@ class FactoredDora(nn.Module):
         super().__init__()
         self.weight = layer.weight  # type: ignore[assignment]
         self.fan_in_fan_out = layer.fan_in_fan_out  # type: ignore[assignment]
-        self.register_buffer("squared_norm", base_weight.detach().float().square().sum(dim=1), persistent=False)
+        self.register_buffer("squared_norm", _squared_norm(base_weight), persistent=False)
+
+    def rebase_(self, base_weight: Tensor) -> None:
+        """Take the row norms of another W [out, in], which the layer has now."""
+        self.squared_norm.copy_(_squared_norm(base_weight))
 
     def forward(
         self,
@@ -163,6 +182,11 @@ class FactoredDora(nn.Module):
         with torch.autocast(device_type=weight.device.type, enabled=False):
             product = torch.addmm(b @ (a @ a.T), weight, a.T, beta=scaling, alpha=2.0)  # [out, r]
             return (self.squared_norm + scaling * (product * b).sum(dim=1)).clamp_min(0).sqrt()
+
+
+def _squared_norm(weight: Tensor) -> Tensor:
+    """||W||^2 per row [out]."""
+    return weight.detach().float().square().sum(dim=1)
 
 
 def _train_embeddings(model: PreTrainedModel) -> None:

@@ -8,10 +8,9 @@ another device. A node that joins a run reads the base that genesis published; o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hivetrain import run
-from hivetrain.errors import ConfigError
-from hivetrain.model.vector import little_endian
+from hivetrain.errors import ConfigError, IntegrityError
+from hivetrain.model.weights import base_tensors, tensors_sha256
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -140,22 +139,10 @@ def base_sha256(model: PreTrainedModel) -> str:
     Raises:
         ValueError: an adapter is attached, which renames the tensors and lets some of them change.
     """
-    digest = hashlib.sha256(b"hivetrain-base/1\n")
-    for name, tensor in sorted(_stored_tensors(model)):
+    for name in model.state_dict():
         if ".lora_" in name:
             raise ValueError(f"base_sha256 needs the model before an adapter is attached, found {name}")
-        digest.update(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
-        digest.update(little_endian(tensor))
-    return digest.hexdigest()
-
-
-def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        yield name, tensor
+    return tensors_sha256(base_tensors(model))
 
 
 def base_files(model: PreTrainedModel) -> dict[str, bytes]:
@@ -163,13 +150,34 @@ def base_files(model: PreTrainedModel) -> dict[str, bytes]:
 
     One file of weights, so that genesis writes two files whatever the size of the model.
     """
-    from safetensors.torch import save
-
     config = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float32"
-    tensors = {name: tensor.contiguous() for name, tensor in _stored_tensors(model)}
     return {
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        WEIGHTS_NAME: save(tensors, {"format": "pt"}),
+        WEIGHTS_NAME: weights_file(base_tensors(model)),
     }
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `model.safetensors` that is not ours, by name; of any shape, and maybe not finite.
+
+    Raises:
+        IntegrityError: it is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        # Copied out of the file's mapping, which a later download may replace.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise IntegrityError(f"{path.name} is not safetensors: {exc}") from exc
+
+
+def weights_file(tensors: Mapping[str, Tensor]) -> bytes:
+    """`model.safetensors` of a base whose tensors these are, by the names of `base_tensors`."""
+    from safetensors.torch import save
+
+    raw: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    return raw

@@ -38,7 +38,7 @@ class FlatVector:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        trainable = sorted((_plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad)
+        trainable = sorted((plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad)
         if not trainable:
             raise ValueError("the model has no trainable parameter; attach an adapter first")
         for name, parameter in trainable:
@@ -138,8 +138,8 @@ def little_endian(tensor: Tensor) -> bytes | memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _plain_name(name: str) -> str:
-    """Without peft's wrapping, which differs between its versions and says nothing about the parameter."""
+def plain_name(name: str) -> str:
+    """``name`` without peft's wrapping, which differs between its versions and says nothing about the parameter."""
     return name.removeprefix("base_model.model.").replace(".default", "")
 
 

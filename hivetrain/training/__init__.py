@@ -1,7 +1,9 @@
 """Training: the state of a run, a miner's inner steps, the group's outer step, and held-out loss."""
 
+from hivetrain.training.base import LiveBase, install_base_
 from hivetrain.training.evaluate import heldout_loss
 from hivetrain.training.inner import Batches, InnerLoop, RoundWork, StepReport, TrainingDiverged, learning_rate
+from hivetrain.training.merge import merge_into_base
 from hivetrain.training.outer import outer_step, pseudo_gradient
 from hivetrain.training.state import (
     Snapshot,
@@ -16,6 +18,7 @@ from hivetrain.training.state import (
 __all__ = [
     "Batches",
     "InnerLoop",
+    "LiveBase",
     "RoundWork",
     "Snapshot",
     "State",
@@ -24,8 +27,10 @@ __all__ = [
     "at_snapshot",
     "genesis_state",
     "heldout_loss",
+    "install_base_",
     "learning_rate",
     "load_state",
+    "merge_into_base",
     "outer_step",
     "pseudo_gradient",
     "state_files",

@@ -69,8 +69,18 @@ class RoundWork:
     compute_seconds: float
 
 
-def learning_rate(step: int, inner: run.Inner) -> float:
-    """The rate of global inner step ``step``, counted from 0: linear warm-up, cosine, then constant at the end."""
+def learning_rate(step: int, inner: run.Inner, merge_every: int = 0) -> float:
+    """The rate of global inner step ``step``, counted from 0: linear warm-up, cosine, then constant at the end.
+
+    After every merge, each ``merge_every`` epochs of `Inner.max_steps`, it warms up again over
+    `Inner.rewarm_steps` to what the schedule says (https://arxiv.org/abs/2307.05695, section 3).
+    """
+    since_merge = step % (merge_every * inner.max_steps) if merge_every else step
+    rewarming = since_merge < step and since_merge < inner.rewarm_steps
+    return _scheduled(step, inner) * ((since_merge + 1) / inner.rewarm_steps if rewarming else 1.0)
+
+
+def _scheduled(step: int, inner: run.Inner) -> float:
     if step < inner.warmup_steps:
         return inner.lr * (step + 1) / inner.warmup_steps
     span = max(1, inner.total_steps - inner.warmup_steps)
@@ -185,6 +195,7 @@ class _Stepper:
         self._model = loop.model
         self._flat = loop.flat
         self._inner = inner
+        self._merge_every = loop.recipe.adapter.merge_every
         self._global_step = global_step
         self._leaf = nn.Parameter(loop.flat.values)
         self._leaf.grad = loop.flat.grad
@@ -206,7 +217,7 @@ class _Stepper:
 
     def step(self, ids: Tensor) -> tuple[float, float, float]:
         """One inner step on ``ids`` [accumulation, batch, seq]: loss, gradient norm and rate."""
-        lr = learning_rate(self._global_step, self._inner)
+        lr = learning_rate(self._global_step, self._inner, self._merge_every)
         self._optimizer.param_groups[0]["lr"] = lr
         grad = self._flat.grad
         grad.zero_()

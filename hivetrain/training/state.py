@@ -48,6 +48,7 @@ class State:
         exp_avg_sq: [P] AdamW's second moment, >= 0.
         outer_momentum: [P], or None where the outer step has none.
         base_sha256: of the frozen base that the vector belongs to.
+        base: that base's tensors by name, where it is not yet under the model (`hivetrain.training.base`); else None.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class State:
     exp_avg_sq: Tensor
     outer_momentum: Tensor | None
     base_sha256: str
+    base: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

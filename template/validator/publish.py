@@ -11,8 +11,9 @@ from hivetrain.errors import HivetrainError
 from hivetrain.hub.store import ModelStore
 from hivetrain.identity import Identity
 from hivetrain.manifest import FaultEntry, FileEntry, Manifest, Ref
+from hivetrain.model.load import CONFIG_NAME, weights_file
 from hivetrain.training.state import state_files
-from hivetrain.workbench import Parts
+from hivetrain.workbench import BASE_PREFIX, BASE_WEIGHTS, Parts
 from template.validator.lead import Led
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,9 @@ def publish_epoch(
     assert state is not None
     assert outcome is not None
     files: dict[str, bytes] = state_files(state, parts.flat)
+    if state.base is not None:
+        files[BASE_PREFIX + CONFIG_NAME] = store.read(parts.genesis, BASE_PREFIX + CONFIG_NAME)
+        files[BASE_WEIGHTS] = weights_file(state.base)
     weights = sent_weights(led)
     manifest = Manifest(
         run_id=parts.run_id,
@@ -81,7 +85,7 @@ def publish_epoch(
         parent=base.manifest_sha256,
         schema_hash=parts.schema_hash,
         state_hash=led.done.state_hash,
-        base_epoch=base.manifest.base_epoch,
+        base_epoch=parts.recipe.adapter.base_epoch(state.epoch),
         files=file_entries(files),
         members=tuple(sorted(weights)),
         weights=weights,

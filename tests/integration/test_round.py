@@ -133,7 +133,7 @@ class Net:
 
     def publish(self, led: Led) -> Ref:
         assert led.done.state is not None
-        val_loss = self.world.bench.heldout_loss(self.world.parts, led.done.state.vector)
+        val_loss = self.world.bench.heldout_loss(self.world.parts, led.done.state)
         check_gates(self.world.parts, led, val_loss, self.world.base.manifest.val_loss)
         return publish_epoch(
             store=self.world.store,
@@ -251,6 +251,7 @@ def test_who_comes_later_finds_the_epoch_by_its_anchor_and_loads_the_same_bits(n
             schema_hash=parts.schema_hash,
             quorum=parts.recipe.gates.quorum,
             registered=lambda hotkey: True,
+            base_epoch=parts.recipe.adapter.base_epoch,
             verify=verify,
         )
 

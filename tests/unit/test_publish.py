@@ -167,6 +167,7 @@ def why(world: World, manifest: Manifest, gone: Collection[str] = ()) -> str | N
         schema_hash=world.parts.schema_hash,
         quorum=world.parts.recipe.gates.quorum,
         registered=lambda hotkey: hotkey not in gone,
+        base_epoch=world.parts.recipe.adapter.base_epoch,
         verify=verify,
     )
 

@@ -39,7 +39,7 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[inner]\nmax_steps = 650", "inner.max_steps / inner.snapshot_every must be <= 64 snapshots, got 65"),
         ("[model]\nname = 'distilgpt2'", "model.revision is needed"),
         ("[model]\nhidden_size = 130", "must be a multiple of model.num_heads"),
-        ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, lora or full"),
+        ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, dora_linear, lora or full"),
         ("[adapter]\ntarget_modules = 'q_proj'", "must be a list of strings"),
         ("[averaging]\ncodec = 'zip'", "averaging.codec must be fp32 or fp16"),
         ("[averaging]\nmoments_codec = 'fp16'", "averaging.moments_codec must be fp32"),
