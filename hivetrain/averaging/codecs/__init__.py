@@ -39,8 +39,8 @@ _ALL: tuple[Codec, ...] = (
     MeanScaled("sign", bits=1),
     TopK("topk-1%", percent=1),
     TopK("topk-10%", percent=10),
-    Logarithmic("log8", bits=8),
-    Logarithmic("log4", bits=4),
+    Logarithmic("log8", bits=8, octaves=32),
+    Logarithmic("log4", bits=4, octaves=14),
 )
 _CODECS = {codec.name: codec for codec in _ALL}
 CODEC_NAMES = tuple(_CODECS)
