@@ -31,14 +31,14 @@ UNSIGNED = ("log8", "log4")
 BOUNDS = {
     "fp32": 0.0,
     "fp16": 0.001,
-    "int8": 0.02,
-    "int4": 0.30,
-    "int2": 0.60,
-    "sign": 0.80,
+    "int8": 0.013,
+    "int4": 0.23,
+    "int2": 0.48,
+    "sign": 0.72,
     "topk-1%": 0.98,
     "topk-10%": 0.82,
     "log8": 0.03,
-    "log4": 0.40,
+    "log4": 0.30,
 }
 """The largest error on any of the vectors here."""
 STEP_BOUNDS = {"log8": 0.01, "log4": 0.10}
