@@ -6,7 +6,8 @@ it, for a chunk that the mean leaves out. The manifest names the receipt of ever
 chunks whose mean lacks it; so the remainder of a round is a function of its base:
 
 - the base's manifest names a receipt of ours: rest, and carried where it left us out;
-- it names none (we took no part, or nothing of ours was in, or it is epoch 0): zero;
+- it names none (we took no part, or nothing of ours was in, or it is epoch 0), or it merged its adapter into a base of
+  its own, so that the vector means something else: zero;
 - a round that made no epoch changes nothing: the next one starts from the same base, so what was trained in between is
   gone, and the remainder that went into it is still owed.
 
@@ -79,11 +80,12 @@ def root_of(leaves: Sequence[bytes]) -> str:
 
 
 def follows(base: Manifest, sent: Receipt) -> bool:
-    """Whether ``sent`` is of the round that made ``base``, and its vector is in."""
+    """Whether ``sent`` is of the round that made ``base``, its vector is in, and both are in the same coordinates."""
     return (
         base.receipts.get(sent.hotkey) == sent.sha256()
         and base.round == sent.round
         and base.parent == sent.base_manifest
+        and base.base_epoch != base.epoch  # an epoch with a base of its own merged its adapter: other coordinates
     )
 
 

@@ -247,6 +247,16 @@ def test_there_is_no_remainder_where_the_base_has_nothing_of_us(tmp_path: Path) 
     assert miner.feedback.remainder(skipped) is None
 
 
+def test_a_merge_leaves_no_remainder(tmp_path: Path) -> None:
+    miner = Miner(folder=tmp_path)
+    base = published(GENESIS, miner.round(1, GENESIS))
+    merged = base.model_copy(update={"base_epoch": base.epoch})
+    assert miner.feedback.remainder(merged) is None
+    second = miner.round(2, base)
+    assert second.remainder is not None
+    assert fault_of(second.receipt, merged, second.remainder.opening).fault is Fault.NOT_COMMITTED
+
+
 @pytest.mark.parametrize("field_name", ["round", "parent"])
 def test_a_receipt_that_is_not_of_the_round_that_made_the_base_is_not_followed(tmp_path: Path, field_name: str) -> None:
     miner = Miner(folder=tmp_path)

@@ -5,7 +5,7 @@
 | fp32 | 32 | everything | none |
 | fp16 | 16 | itself | to nearest |
 | int8, int4 | 8.25, 4.25 | 255 or 15 even levels up to the largest of 64 | stochastic |
-| int2 | 2.0625 | ±2/3 and ±2 times the mean magnitude of 256 | to nearest |
+| int2 | 2.0625 | ±1/3 and ±1 times the lesser of largest and twice the mean magnitude of 256 | to nearest |
 | sign | 1.0625 | signs, and the mean magnitude of 256 | none |
 | topk-1%, topk-10% | 0.32, 3.2 | the largest of each chunk | the values to nearest |
 | log8, log4 | 8.25, 4.25 | 255 or 15 even levels of the logarithm between least and largest of 128 | stochastic |
@@ -39,8 +39,8 @@ _ALL: tuple[Codec, ...] = (
     MeanScaled("sign", bits=1),
     TopK("topk-1%", percent=1),
     TopK("topk-10%", percent=10),
-    Logarithmic("log8", bits=8),
-    Logarithmic("log4", bits=4),
+    Logarithmic("log8", bits=8, octaves=32),
+    Logarithmic("log4", bits=4, octaves=14),
 )
 _CODECS = {codec.name: codec for codec in _ALL}
 CODEC_NAMES = tuple(_CODECS)

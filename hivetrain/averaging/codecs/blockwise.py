@@ -112,6 +112,7 @@ class MeanScaled(_Scaled):
 
     One bit: ± the mean. Two bits: ±2/3 and ±2 means, close to the best even levels for normal values (±0.5 and ±1.5
     standard deviations; J. Max, 1960), with room for heavier tails. Larger values are cut: error feedback carries them.
+    Where the largest is below two means it is the outer level, so that no value is decoded past its block's largest.
     """
 
     def __init__(self, name: str, *, bits: int, block: int = 256) -> None:
@@ -120,7 +121,9 @@ class MeanScaled(_Scaled):
 
     def _quantise(self, blocks: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         mean = self._mean_magnitude(blocks, counts)
-        scale = mean if self._half == 1 else mean * (2.0 / 3.0)
+        scale = mean
+        if self._half > 1:
+            scale = (mean * (2.0 / 3.0)).minimum(blocks.abs().amax(dim=-1) * (1.0 / 3.0))
         words = ((scale.view(torch.int32) + 0x8000) >> 16).clamp_(max=self._limit)
         words = torch.where(mean < _TINY, 0, words)
         if self._half == 1:

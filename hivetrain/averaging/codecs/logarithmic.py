@@ -1,8 +1,9 @@
 """log8 and log4: values that are never negative, on even levels of their logarithm. For AdamW's second moments.
 
 They span twenty octaves and more, and AdamW divides by their root: a small one that became 0 would make a huge step.
-Even levels of the values, or of their roots, keep the large ones well and lose the small ones by octaves; here
-each is off by at most a level of its block's own range, and only 0 becomes 0.
+Even levels of the values, or of their roots, keep the large ones well and lose the small ones by octaves; here each is
+off by at most a level of its block's own range, and only 0 becomes 0. What lies further below the block's largest
+than the codec reaches is lifted to that reach: AdamW then steps too little there, never too far.
 
 The logarithm is the float's own bits, read as an integer: exponent, then mantissa. That is log2 within 0.09, and no
 library's `log` decides a bit. A chunk is its blocks' least bits and their largest, rounded outwards to their upper
@@ -34,10 +35,11 @@ _LARGEST_INT = 2**31 - 1
 
 
 class Logarithmic(Chunked):
-    """2^bits - 1 levels between a block's least value above 0 and its largest; stochastic rounding."""
+    """2^bits - 1 levels between a block's least value above 0 and its largest, at most ``octaves`` apart."""
 
-    def __init__(self, name: str, *, bits: int, block: int = 128) -> None:
+    def __init__(self, name: str, *, bits: int, octaves: int, block: int = 128) -> None:
         super().__init__(name)
+        self._reach = octaves << 7  # an octave of floats is 2^7 words
         self._bits = bits
         self._block = block
         self._top = float(2**bits - 2)  # levels above the least
@@ -56,7 +58,7 @@ class Logarithmic(Chunked):
         least = torch.where(bits > 0, bits, _LARGEST_INT).amin(dim=-1).minimum(largest)
         high = ((largest + 0xFFFF) >> 16).clamp_(max=INFINITE - 1)
         # At least 1: code 1 must not stand for 0, whatever the block holds.
-        low = (least >> 16).clamp_(min=1).minimum(high)
+        low = (least >> 16).maximum(high - self._reach).clamp_(min=1).minimum(high)
         span = ((high - low) << 16).to(torch.float32)
         per_bit = torch.where(span > 0, torch.full_like(span, self._top) / span, 0.0)
         levels = (bits - (low << 16)[..., None]).to(torch.float32)
