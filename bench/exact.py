@@ -297,10 +297,10 @@ def run(quick: bool) -> list[Claim]:
     """Print the tables and return the claims."""
     torch.set_num_threads(1)
     recipe = Recipe()
-    sizes, horizons, num_rounds = (2, 8, 32), (20, 50, 100), recipe.inner.total_steps // recipe.inner.max_steps
-    ways, seeds = WAYS, (0, 1, 2)
-    if quick:  # no merge is due within two rounds
-        sizes, horizons, num_rounds, ways, seeds = (2, 8), (20,), 2, WAYS[:3], (0,)
+    # In a quick run no merge is due: that takes more than two rounds.
+    sizes, horizons = [2, 8] if quick else [2, 8, 32], [20] if quick else [20, 50, 100]
+    num_rounds = 2 if quick else recipe.inner.total_steps // recipe.inner.max_steps
+    ways, seeds = WAYS[:3] if quick else WAYS, [0] if quick else [0, 1, 2]
     with tempfile.TemporaryDirectory(prefix="hivetrain-exact-") as folder:
         claims = measure_errors(load_corpus(Path(folder) / "errors", recipe), sizes, horizons)
         measure_bytes()

@@ -24,6 +24,9 @@ from hivetrain.model.draws import uniform
 from hivetrain.model.linear import LinearDora, frozen_a
 from hivetrain.model.vector import little_endian, plain_name
 
+BLOCK_ROWS = 16
+"""Rows that are worked on at once: they stay in the processor's cache over all ranks."""
+
 
 class Form(enum.Enum):
     """How a layer's adapter makes its weight."""
@@ -158,10 +161,11 @@ def _ratio(over: Tensor, under: Tensor) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, b: Tensor, a: Tensor, scaling: float) -> Tensor:
-    """``matrix + scaling * b @ a``, one rank after the other; `matrix` may be written to."""
-    total, scaled, a = matrix.clone(), b.double() * scaling, a.double()
-    for column, row in zip(scaled.T, a, strict=True):
-        total += column.unsqueeze(1) * row
+    """``matrix + scaling * b @ a`` in float64, one rank after the other."""
+    total, scaled, a = matrix.double().clone(), b.double() * scaling, a.double()
+    for rows, factors in zip(total.split(BLOCK_ROWS), scaled.split(BLOCK_ROWS), strict=True):
+        for column, row in zip(factors.T, a, strict=True):
+            rows += column.unsqueeze(1) * row
     return total
 
 
