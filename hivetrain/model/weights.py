@@ -163,7 +163,7 @@ def _ratio(over: Tensor, under: Tensor) -> Tensor:
 def _plus_product(matrix: Tensor, b: Tensor, a: Tensor, scaling: float) -> Tensor:
     """``matrix + scaling * b @ a`` in float64, one rank after the other."""
     total, scaled, a = matrix.double().clone(), b.double() * scaling, a.double()
-    for rows, factors in zip(total.split(BLOCK_ROWS), scaled.split(BLOCK_ROWS), strict=True):
+    for rows, factors in zip(torch.split(total, BLOCK_ROWS), torch.split(scaled, BLOCK_ROWS), strict=True):
         for column, row in zip(factors.T, a, strict=True):
             rows += column.unsqueeze(1) * row
     return total
