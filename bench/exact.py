@@ -211,12 +211,12 @@ def measure_errors(corpus: Corpus, sizes: Sequence[int], horizons: Sequence[int]
                     entries = stage.model.flat.entries
                     base, averaged = fold_residuals(stage.layers, stage.base, finals, [1.0] * size, averaged, entries)
                 error = aggregation_error(stage, finals, averaged, base)
-                cells += [f"{error.whole:.1e}", f"{error.worst_layer:.1e}"]
+                cells.append(f"{error.whole:.1e} / {error.worst_layer:.1e}")
                 if way != "plain":
                     worst[way, size] = max(worst[way, size], error.worst_layer)
             rows.append(cells)
-    columns = [column for size in sizes for column in (f"{size} members", "worst layer")]
-    table("Aggregation error, relative to the mean update", ["way", "H", *columns], rows)
+    title = "Aggregation error, relative to the mean update: whole model / worst layer"
+    table(title, ["way", "H", *(f"{size} members" for size in sizes)], rows)
     name = "{} form, {} members: aggregation error of the worst layer, relative to its update"
     return [at_most(name.format(*key), value, GOAL) for key, value in worst.items()]
 

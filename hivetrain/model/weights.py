@@ -86,11 +86,11 @@ class AdaptedLayer:
         return stored.T if self.transposed else stored
 
     def a(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """A [r, in] of one member's vector, or the frozen one."""
+        """A [r, in] of one member's vector, or the frozen one, on the CPU."""
         if self.a_name is not None:
             return trained[self.a_name]
         assert isinstance(self.module, LinearDora)
-        return self.module.lora_A
+        return self.module.lora_A.cpu()
 
     def direction(self, base: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         """``W + sBA`` of a plain adapter, float64 [out, in]."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from hivetrain import run
 from hivetrain.model import FlatVector, adapted_layers, assemble, attach_adapter, base_tensors, load_base
+from hivetrain.model.draws import signs
 from hivetrain.model.linear import LinearDora, frozen_a
 from hivetrain.run import Recipe
 
@@ -106,6 +107,7 @@ def test_the_mean_of_the_vectors_is_the_mean_of_the_weights() -> None:
 
 def test_the_seed_the_epoch_and_the_layer_decide_a_and_nothing_else_does() -> None:
     first = frozen_a(0, 0, "q", 4, 32, 2.0)
+    assert torch.equal(first.sign(), signs("linear-a\n0\n0\nq", (4, 32)))  # docs/protocol.md
     torch.rand(3)
     assert torch.equal(frozen_a(0, 0, "q", 4, 32, 2.0), first)
     for other in (frozen_a(1, 0, "q", 4, 32, 2.0), frozen_a(0, 2, "q", 4, 32, 2.0), frozen_a(0, 0, "k", 4, 32, 2.0)):

@@ -19,6 +19,7 @@ from hivetrain.model import (
     load_base,
     tensors_sha256,
 )
+from hivetrain.model.draws import uniform
 from hivetrain.model.weights import row_norms
 
 Kind = Literal["dora", "dora_linear", "lora"]
@@ -121,7 +122,10 @@ def test_a_fresh_adapter_makes_the_weight_that_it_starts_on(kind: Kind) -> None:
         assert set(fresh) == set(layer.trained_names())
         torch.testing.assert_close(layer.weight(weight, fresh).float(), weight, rtol=1e-6, atol=1e-8)
         other = layer.fresh(weight, seed=0, epoch=8)
-        assert layer.a_name is None or not torch.equal(fresh[layer.a_name], other[layer.a_name])
+        if layer.a_name is not None:
+            drawn = uniform(f"merge-a\n0\n4\n{layer.name}", (8, weight.shape[1]), weight.shape[1] ** -0.5)
+            assert torch.equal(fresh[layer.a_name], drawn)  # docs/protocol.md
+            assert not torch.equal(other[layer.a_name], drawn)
 
 
 def test_a_row_of_zeros_has_no_direction_and_stays_zero() -> None:
