@@ -6,8 +6,7 @@
 the embedded corpus. Their vectors are averaged in float32 as a round averages them; the oracle builds every member's
 dense W' with matrix products in float64 and averages those. Error of a layer: ``||W'(averaged) - mean_i W'_i|| /
 ||mean_i W'_i - W'_start||``, Frobenius norms, float64. The table gives that of the whole model and of its worst layer;
-the claims are on the worst layer, the strictest of the ways to say it (against the weights instead of their update it
-would be several times smaller).
+the claims are on the worst layer, the strictest way to say it.
 
 *Loss* is that of `bench.loss`'s simulation: the embedded default, 3 miners, H = 50, vector and moments averaged.
 """
@@ -68,7 +67,6 @@ PLAIN, LINEAR = Adapter(), Adapter(kind="dora_linear")
 WAYS = (
     Way(name="plain", adapter=PLAIN),
     Way(name="linear", adapter=LINEAR),
-    Way(name="linear, r = 16", adapter=dataclasses.replace(LINEAR, rank=16, alpha=32.0)),
     Way(name="residual", adapter=PLAIN, residual=True),
     Way(name=f"plain, merged every {MERGE_EVERY}", adapter=dataclasses.replace(PLAIN, merge_every=MERGE_EVERY)),
     Way(name=f"linear, merged every {MERGE_EVERY}", adapter=dataclasses.replace(LINEAR, merge_every=MERGE_EVERY)),
@@ -213,12 +211,12 @@ def measure_errors(corpus: Corpus, sizes: Sequence[int], horizons: Sequence[int]
                     entries = stage.model.flat.entries
                     base, averaged = fold_residuals(stage.layers, stage.base, finals, [1.0] * size, averaged, entries)
                 error = aggregation_error(stage, finals, averaged, base)
-                cells += [f"{error.whole:.1e}", f"{error.worst_layer:.1e}"]
+                cells.append(f"{error.whole:.1e} / {error.worst_layer:.1e}")
                 if way != "plain":
                     worst[way, size] = max(worst[way, size], error.worst_layer)
             rows.append(cells)
-    columns = [column for size in sizes for column in (f"{size} members", "worst layer")]
-    table("Aggregation error, relative to the mean update", ["way", "H", *columns], rows)
+    title = "Aggregation error, relative to the mean update: whole model / worst layer"
+    table(title, ["way", "H", *(f"{size} members" for size in sizes)], rows)
     name = "{} form, {} members: aggregation error of the worst layer, relative to its update"
     return [at_most(name.format(*key), value, GOAL) for key, value in worst.items()]
 
@@ -278,14 +276,14 @@ def way_curve(folder: Path, way: Way, seed: int, num_rounds: int) -> list[float]
     return WaySimulation(_corpora[folder], recipe, num_rounds, residual=way.residual).together()
 
 
-def measure_losses(folder: Path, num_rounds: int, seeds: Sequence[int]) -> None:
+def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Sequence[int]) -> None:
     """The table of losses; no claim: which way trains best is for the reader to see."""
-    jobs = [(way, seed) for way in WAYS for seed in seeds]
+    jobs = [(way, seed) for way in ways for seed in seeds]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(way_curve, folder, way, seed, num_rounds) for way, seed in jobs]
         curves = {job: future.result() for job, future in zip(jobs, futures, strict=True)}
     rows = []
-    for way in WAYS:
+    for way in ways:
         mine = [curves[way, seed] for seed in seeds]
         middle = statistics.fmean(curve[num_rounds // 2] for curve in mine)
         ends = [curve[-1] for curve in mine]
@@ -299,12 +297,14 @@ def run(quick: bool) -> list[Claim]:
     """Print the tables and return the claims."""
     torch.set_num_threads(1)
     recipe = Recipe()
-    sizes, horizons = ((2, 8), (20, 50)) if quick else ((2, 8, 32), (20, 50, 100))
-    num_rounds, seeds = (2, (0,)) if quick else (recipe.inner.total_steps // recipe.inner.max_steps, (0, 1, 2))
+    # In a quick run no merge is due: that takes more than two rounds.
+    sizes, horizons = [2, 8] if quick else [2, 8, 32], [20] if quick else [20, 50, 100]
+    num_rounds = 2 if quick else recipe.inner.total_steps // recipe.inner.max_steps
+    ways, seeds = WAYS[:3] if quick else WAYS, [0] if quick else [0, 1, 2]
     with tempfile.TemporaryDirectory(prefix="hivetrain-exact-") as folder:
         claims = measure_errors(load_corpus(Path(folder) / "errors", recipe), sizes, horizons)
         measure_bytes()
-        measure_losses(Path(folder), num_rounds, seeds)
+        measure_losses(Path(folder), ways, num_rounds, seeds)
     return claims
 
 

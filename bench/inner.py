@@ -4,7 +4,8 @@
 
 The bare loop is what one would write by hand: AdamW over the parameters, `clip_grad_norm_`, `zero_grad`, the loss
 read once a step. Both train the embedded default recipe, by turns in one process; ours takes snapshots as well.
-A second table compares the adapters: peft's own DoRA, ours with the norm of the frozen weight kept, and LoRA.
+The other loops compare the adapters: peft's own DoRA, ours with the norm of the frozen weight kept, the linear form of
+DoRA, and LoRA.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _put_back_peft_dora(model: nn.Module) -> None:
                 layers[name].weight = layer.weight
 
 
-def with_adapter(recipe: Recipe, kind: Literal["dora", "lora"]) -> Recipe:
+def with_adapter(recipe: Recipe, kind: Literal["dora", "dora_linear", "lora"]) -> Recipe:
     """The recipe with another kind of adapter."""
     return dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, kind=kind))
 
@@ -106,6 +107,7 @@ def main() -> int:
             "ours": our_loop(recipe, device, num_steps),
             "bare": bare_loop(recipe, device, num_steps),
             "bare, peft's own DoRA": bare_loop(recipe, device, num_steps, peft_dora=True),
+            "bare, linear DoRA": bare_loop(with_adapter(recipe, "dora_linear"), device, num_steps),
             "bare, LoRA": bare_loop(with_adapter(recipe, "lora"), device, num_steps),
         },
         repeats,
@@ -122,6 +124,11 @@ def main() -> int:
         at_least(
             "factored DoRA over peft's DoRA, tokens/s",
             ratio_of_medians(results["bare"], results["bare, peft's own DoRA"]),
+            1.0,
+        ),
+        at_least(
+            "linear DoRA over factored DoRA, tokens/s",
+            ratio_of_medians(results["bare, linear DoRA"], results["bare"]),
             1.0,
         ),
     ]

@@ -16,12 +16,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hivetrain.model.draws import uniform
 from hivetrain.model.linear import LinearDora, frozen_a
 from hivetrain.model.vector import little_endian, plain_name
+
+BLOCK_ROWS = 16
+"""Rows that are worked on at once: they stay in the processor's cache over all ranks."""
 
 
 class Form(enum.Enum):
@@ -82,11 +86,11 @@ class AdaptedLayer:
         return stored.T if self.transposed else stored
 
     def a(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """A [r, in] of one member's vector, or the frozen one."""
+        """A [r, in] of one member's vector, or the frozen one, on the CPU."""
         if self.a_name is not None:
             return trained[self.a_name]
         assert isinstance(self.module, LinearDora)
-        return self.module.lora_A
+        return self.module.lora_A.cpu()
 
     def direction(self, base: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         """``W + sBA`` of a plain adapter, float64 [out, in]."""
@@ -147,7 +151,8 @@ def row_norms(matrix: Tensor) -> Tensor:
         rest = squares[:, half:]
         squares = squares[:, :half].clone()
         squares[:, : rest.shape[1]] += rest
-    return squares[:, 0].sqrt()
+    # torch's own sqrt is MKL's, which misses the nearest float64 in one of a hundred; numpy's is the processor's.
+    return torch.from_numpy(np.sqrt(squares[:, 0].numpy()))
 
 
 def _ratio(over: Tensor, under: Tensor) -> Tensor:
@@ -156,10 +161,11 @@ def _ratio(over: Tensor, under: Tensor) -> Tensor:
 
 
 def _plus_product(matrix: Tensor, b: Tensor, a: Tensor, scaling: float) -> Tensor:
-    """``matrix + scaling * b @ a``, one rank after the other; `matrix` may be written to."""
-    total, scaled, a = matrix.clone(), b.double() * scaling, a.double()
-    for column, row in zip(scaled.T, a, strict=True):
-        total += column.unsqueeze(1) * row
+    """``matrix + scaling * b @ a`` in float64, one rank after the other."""
+    total, scaled, a = matrix.double().clone(), b.double() * scaling, a.double()
+    for rows, factors in zip(torch.split(total, BLOCK_ROWS), torch.split(scaled, BLOCK_ROWS), strict=True):
+        for column, row in zip(factors.T, a, strict=True):
+            rows += column.unsqueeze(1) * row
     return total
 
 

@@ -205,6 +205,13 @@ def test_prune_keeps_epoch_0_and_the_newest(store: Store, tmp_path: Path) -> Non
         store.fetch(refs[1], ["f.txt"], tmp_path)
 
 
+def test_prune_keeps_the_bases_of_what_it_keeps(store: Store) -> None:
+    for epoch in range(8):
+        store.publish(make_manifest(epoch, {"f.txt": b"%d" % epoch}), {"f.txt": b"%d" % epoch})
+    assert store.prune(2, lambda epoch: epoch - epoch % 4) == [1, 2, 3, 5]
+    assert store.epochs() == [0, 4, 6, 7]
+
+
 def test_prune_of_everything_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="keep"):
         store.prune(0)

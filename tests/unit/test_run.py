@@ -57,6 +57,9 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[model]\nname = 'distilgpt2'", "model.revision is needed"),
         ("[model]\nhidden_size = 130", "must be a multiple of model.num_heads"),
         ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, dora_linear, lora or full"),
+        ("[adapter]\nmerge_every = -1", "adapter.merge_every must be >= 0, got -1"),
+        ("[adapter]\nkind = 'full'\nmerge_every = 2", "adapter.merge_every must be 0 without an adapter"),
+        ("[inner]\nrewarm_steps = -1", "inner.rewarm_steps must be >= 0, got -1"),
         ("[adapter]\ntarget_modules = 'q_proj'", "must be a list of strings"),
         (
             "[averaging]\ncodec = 'zip'",
