@@ -1,4 +1,4 @@
-"""Whether a published manifest may be a base: signed by its leader, and by members who hold a quorum of the samples."""
+"""Whether a manifest may be a base: led by whose turn it was, signed by it, and by members of a quorum of samples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def why_unacceptable(
     schema_hash: str,
     quorum: float,
     registered: Callable[[str], bool],
+    why_no_publisher: Callable[[str, int, int], str | None],
     verify: Verify,
 ) -> str | None:
     """Why ``manifest`` is refused, or None.
@@ -24,6 +25,7 @@ def why_unacceptable(
         schema_hash: ours.
         quorum: share of the samples whose members must have signed the state, in (0, 1].
         registered: whether a hotkey is registered now; a throwaway key stands for nobody.
+        why_no_publisher: why ``(hotkey, round, attempt)`` cannot be what was led, or None (`template.leader`).
         verify: checks signatures.
     """
     if manifest.run_id != run_id:
@@ -34,6 +36,9 @@ def why_unacceptable(
         return None
     if manifest.schema_hash != schema_hash:
         return f"schema {manifest.schema_hash[:12]}, ours is {schema_hash[:12]}"
+    why = why_no_publisher(manifest.leader, manifest.round, manifest.attempt)
+    if why is not None:
+        return why
     message = state_message(manifest.run_id, manifest.round, manifest.attempt, manifest.state_hash)
     total = sum(manifest.weights.values())
     signed = sum(

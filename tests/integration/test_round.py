@@ -79,7 +79,10 @@ class Net:
     @property
     def anchors(self) -> dict[str, Anchor]:
         hotkeys = [miner.identity.hotkey for miner in self.miners] + [VALIDATOR.hotkey]
-        return {hotkey: Anchor(peer_id=peer) for hotkey, peer in zip(hotkeys, self.transports, strict=True)}
+        return {
+            hotkey: Anchor(peer_id=peer, maddrs=("/memory",))
+            for hotkey, peer in zip(hotkeys, self.transports, strict=True)
+        }
 
     def collect(self) -> Collected:
         return collect_receipts(
@@ -186,8 +189,7 @@ def score(net: Net, collected: Collected, checks: dict[str, CheckResult | None],
         miners=[miner.identity.hotkey for miner in net.miners],
         collected=collected,
         checks=checks,
-        plan=led.plan,
-        outcome=led.done.outcome,
+        seen=[(led.plan, led.done.outcome)] if led.done.outcome is not None else [],
         average=net.average,
         round_number=ROUND,
         scoring=net.world.parts.recipe.scoring,
@@ -251,6 +253,7 @@ def test_who_comes_later_finds_the_epoch_by_its_anchor_and_loads_the_same_bits(n
             schema_hash=parts.schema_hash,
             quorum=parts.recipe.gates.quorum,
             registered=lambda hotkey: True,
+            why_no_publisher=lambda *_: None,
             verify=verify,
         )
 
@@ -303,7 +306,7 @@ def test_a_plan_that_has_us_at_another_peer_is_no_crash(net: Net) -> None:
         receipts=collected.receipts,
         weights=dict.fromkeys(collected.receipts, 1.0),
         sitting=[VALIDATOR.hotkey],
-        anchors={**net.anchors, VALIDATOR.hotkey: Anchor(peer_id="peer-of-yesterday")},
+        anchors={**net.anchors, VALIDATOR.hotkey: Anchor(peer_id="peer-of-yesterday", maddrs=("/memory",))},
         duration_s=20.0,
     )
     assert plan is not None

@@ -268,7 +268,7 @@ def other_root(world: World, plan: GroupPlan) -> AllReduce:
         (with_synapse(run_id="ff" * 32), "another run: ffffffffffff"),
         (with_plan(run_id="ff" * 32), "another run"),
         (with_plan(round=ROUND + 1), f"round {ROUND + 1}, here {ROUND}"),
-        (with_synapse(round=ROUND + 1), f"plan is of round {ROUND}.0, the call of {ROUND + 1}.0"),
+        (with_synapse(round=ROUND + 1), f"round {ROUND + 1}, here {ROUND}"),
         (with_synapse(attempt=1), f"plan is of round {ROUND}.0, the call of {ROUND}.1"),
         (with_synapse(base_manifest="ff" * 32), "base ffffffffffff, here"),
         (other_layout, "layout"),
@@ -292,12 +292,12 @@ def test_a_sender_that_committed_to_nothing_is_refused(world: World, contributio
 
 
 def test_who_may_not_lead_is_refused(world: World, contribution: Contribution, board: Board) -> None:
-    def may_lead(hotkey: str, round_number: int, attempt: int) -> str | None:
-        assert (hotkey, round_number, attempt) == (VALIDATOR.hotkey, ROUND, 0)
+    def why_not(hotkey: str, round_number: int, attempt: int, want: str) -> str | None:
+        assert (hotkey, round_number, attempt, want) == (VALIDATOR.hotkey, ROUND, 0, "mean")
         return "attempt 0 is led by somebody else"
 
     synapse = synapse_of(world, make_plan(world, contribution))
-    assert refusal(world.handlers(ME, board, may_lead), board, synapse) == "attempt 0 is led by somebody else"
+    assert refusal(world.handlers(ME, board, why_not), board, synapse) == "attempt 0 is led by somebody else"
 
 
 def done(plan: GroupPlan) -> AllReduceReply:
@@ -422,7 +422,7 @@ def test_a_task_that_the_models_thread_gives_up_is_answered_as_not_accepted(
         return await call
 
     reply = asyncio.run(scene())
-    assert (reply.accepted, reply.detail) == (False, "the state that this round starts from has changed")
+    assert (reply.accepted, reply.detail) == (False, "the round has moved on")
 
 
 def test_a_models_thread_that_does_not_answer_is_not_waited_for_past_the_deadline(

@@ -167,6 +167,7 @@ def why(world: World, manifest: Manifest, gone: Collection[str] = ()) -> str | N
         schema_hash=world.parts.schema_hash,
         quorum=world.parts.recipe.gates.quorum,
         registered=lambda hotkey: hotkey not in gone,
+        why_no_publisher=lambda hotkey, *_: None if hotkey == VALIDATOR.hotkey else f"not led by {hotkey}",
         verify=verify,
     )
 
