@@ -6,6 +6,8 @@ When to do which is `template.validator.standby`'s; this is how.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from hivetrain.averaging.group import GroupPlan
@@ -18,13 +20,13 @@ from template.anchor import candidates
 from template.chain.client import NeuronInfo
 from template.chain.keys import verify
 from template.config import NeuronConfig, Secrets
+from template.dendrite import Reply
 from template.leader import MAX_SITTING
 from template.neuron import Exchange, Neuron
-from template.protocol import IsAlive
+from template.protocol import AllReduce, AllReduceReply, IsAlive
 from template.validator.collect import Collected, address_of
 from template.validator.lead import (
     Led,
-    call_group,
     count_signatures,
     left_undone,
     make_plan,
@@ -72,10 +74,14 @@ class LeadingNeuron(Neuron):
         self.average.load()
 
     def average_group(self, position: Position, base: Ref, notes: RoundNotes) -> None:
-        """Lead the all-reduce and publish, or sit in it and stand by: where a leader is silent, the next one leads."""
+        """Lead the all-reduce and publish, or sit in it and stand by: where a leader is silent, the next one leads.
+
+        Returns when this round's epoch is anchored, or there is nothing left for us to do for it.
+        """
         order = self.leader_order(position.round)
         place = order.index(self.identity.hotkey) if self.identity.hotkey in order else len(order)
-        self._say("all-reduce", "sitting")
+        if place > 0:
+            self._say("all-reduce", "standing by")
         has_led = False
         while not self.stopping.is_set():
             self.drain_mailbox()
@@ -89,10 +95,13 @@ class LeadingNeuron(Neuron):
             has_led = True
             if place > 0:
                 self._say_taking_over(position, place, order[:place])
-            if move is Move.LEAD:
-                self.lead(position, base, notes, attempt_blocks(seat))
-            else:
-                self.complete(position, base, place)
+            try:
+                if move is Move.LEAD:
+                    self.lead(position, base, notes, attempt_blocks(seat))
+                else:
+                    self.complete(position, base, place)
+            except ServiceError as exc:  # the next validator may have more luck, and the round is scored all the same
+                self._say_failed(position, place, str(exc))
 
     def _seat(self, position: Position, base: Ref, place: int, num_leaders: int, has_led: bool) -> Seat:
         start, end = phase_window(position.round, Phase.ALL_REDUCE, self.schedule)
@@ -112,21 +121,27 @@ class LeadingNeuron(Neuron):
             failed=failed[-1].plan.attempt if failed else -1,
             failed_at=failed[-1].ended_at if failed else -1,
             has_led=has_led,
-            is_published=block > start and self._is_anchored(base.epoch + 1),
+            is_published=block > start and self._is_anchored(base.epoch + 1, start),
         )
 
-    def _is_anchored(self, epoch: int) -> bool:
+    def _is_anchored(self, epoch: int, since: int) -> bool:
+        """Whether a permitted validator has anchored that epoch since that block; what is older is another round's."""
         try:
-            return any(candidate.epoch >= epoch for candidate in self.read_anchors())
+            return any(found.epoch >= epoch and found.block >= since for found in self.read_anchors())
         except ServiceError as exc:
             logger.warning("cannot tell whether epoch %d is published: %s", epoch, exc)
             return False
 
     def _say_taking_over(self, position: Position, attempt: int, silent: tuple[str, ...]) -> None:
         names = ", ".join(hotkey[:8] for hotkey in silent)
-        text = f"round {position.round}: {names} silent, attempt {attempt} is ours"
+        text = f"round {position.round}: no epoch from {names}, attempt {attempt} is ours"
         logger.warning(text)
         self.events.append("took_over", text, round=position.round, attempt=attempt)
+
+    def _say_failed(self, position: Position, attempt: int, why: str) -> None:
+        logger.warning("round %d, attempt %d makes no epoch: %s", position.round, attempt, why)
+        text = f"round {position.round}, attempt {attempt}: {why}"
+        self.events.append("attempt_failed", text, round=position.round, attempt=attempt)
 
     def lead(self, position: Position, base: Ref, notes: RoundNotes, num_blocks: int) -> None:
         """Name a group, exchange with it, and publish what came of it.
@@ -137,24 +152,39 @@ class LeadingNeuron(Neuron):
         order = self.leader_order(position.round)[:MAX_SITTING]
         plan = self._plan(position, notes, list(order), 0.8 * num_blocks * self.schedule.block_time_s)
         if plan is None:
-            logger.warning("round %d: nobody has anything to average", position.round)
-            self.events.append("round_failed", f"round {position.round}: no receipts", round=position.round)
+            self._say_failed(position, order.index(self.identity.hotkey), "nobody has anything to average")
             return
         self.board.begin_attempt(plan.attempt)
         self._say("all-reduce", f"leading {len(plan.members) - 1} members")
-        # Stand-bys that seem dead are told as well: one that hears nothing would lead the next attempt.
-        called = {*order, *(member.hotkey for member in plan.members)} - {self.identity.hotkey}
-        others = [address_of(neuron) for neuron in self.metagraph.neurons if neuron.hotkey in called]
+        # Stand-bys that seem dead are told as well: one that hears nothing leads the next attempt.
+        called = {*order, *(member.hotkey for member in plan.members)}
         timeout_s = plan.deadline_s + max(REPLY_GRACE_S, 0.15 * plan.deadline_s)
-        work = call_group(self.dendrite, others, make_synapse(plan, base.manifest_sha256), timeout_s)
-        calls = self.network.submit(work)
-        done = self.take_part(plan, None)
-        if done.state is None:
-            calls.cancel()
-            self.events.append("round_failed", f"round {position.round}: {done.detail}", round=position.round)
-            return
-        replies = [reply for reply in calls.result(timeout_s + 5) if plan.member(reply.hotkey) is not None]
+        calls = self._call(called, make_synapse(plan, base.manifest_sha256), timeout_s)
+        try:
+            done = self.take_part(plan, None)
+            if done.outcome is None or done.state is None:
+                self._say_failed(position, plan.attempt, done.detail)
+                return
+            # Nobody else's signature counts, and a member that was left out may not answer before its time is up.
+            senders = [
+                calls[hotkey] for hotkey, share in done.outcome.included.items() if share > 0 and hotkey in calls
+            ]
+            replies = [call.result(timeout_s + REPLY_GRACE_S) for call in senders]
+        finally:
+            for call in calls.values():
+                call.cancel()
         self.publish(position, base, count_signatures(plan, done, replies, verify))
+
+    def _call(
+        self, hotkeys: Collection[str], synapse: AllReduce, timeout_s: float
+    ) -> dict[str, Future[Reply[AllReduceReply]]]:
+        """Call everyone of ``hotkeys`` but ourselves at once."""
+        peers = [address_of(neuron) for neuron in self.metagraph.neurons if neuron.hotkey in hotkeys]
+        return {
+            peer.hotkey: self.network.submit(self.dendrite.call(peer, synapse, timeout_s=timeout_s))
+            for peer in peers
+            if peer.hotkey != self.identity.hotkey
+        }
 
     def _plan(self, position: Position, notes: RoundNotes, order: list[str], duration_s: float) -> GroupPlan | None:
         weights = round_weights(notes.collected.receipts, notes.checks, self.average, position.round)
@@ -188,13 +218,10 @@ class LeadingNeuron(Neuron):
             return
         held = next(one for one in reversed(self.exchanges) if one.done.state is not None)
         plan = replace(held.plan, attempt=attempt)
-        neurons = {neuron.hotkey: neuron for neuron in self.metagraph.neurons}
-        senders = [address_of(neurons[m.hotkey]) for m in plan.members if m.sends and m.hotkey in neurons]
         synapse = make_state_synapse(plan, base.manifest_sha256, held.done.state_hash)
-        calls = call_group(self.dendrite, senders, synapse, SIGN_TIMEOUT_S)
-        self.publish(
-            position, base, count_signatures(plan, held.done, self.network.run(calls, SIGN_TIMEOUT_S + 2), verify)
-        )
+        calls = self._call({member.hotkey for member in plan.members if member.sends}, synapse, SIGN_TIMEOUT_S)
+        replies = [call.result(SIGN_TIMEOUT_S + REPLY_GRACE_S) for call in calls.values()]
+        self.publish(position, base, count_signatures(plan, held.done, replies, verify))
 
     def exchanged(self, exchange: Exchange) -> None:
         """Remember how fast members sent, and who is not to reduce for a while."""
@@ -230,8 +257,7 @@ class LeadingNeuron(Neuron):
             self.events.append("lost_race", f"epoch {state.epoch} is published already", epoch=state.epoch)
             return
         except (NotPublished, ServiceError) as exc:  # the round is scored all the same
-            logger.warning("round %d makes no epoch here: %s", position.round, exc)
-            self.events.append("round_failed", f"round {position.round}: {exc}", round=position.round)
+            self._say_failed(position, led.plan.attempt, str(exc))
             return
         self._log_epoch(ref, led)
         try:

@@ -15,7 +15,7 @@ from hivetrain.manifest import state_message
 from hivetrain.verification.receipt import Receipt
 from hivetrain.workbench import Parts
 from template.anchor import Anchor
-from template.dendrite import Dendrite, PeerAddress, Reply
+from template.dendrite import Reply
 from template.participant import Participation
 from template.protocol import AllReduce, AllReduceReply
 
@@ -155,13 +155,6 @@ def left_undone(plan: GroupPlan, outcome: AllReduceOutcome) -> set[str]:
     reducers = {part.index: part.reducer.hotkey for part in plan.parts()}
     missing = {reducers[index] for index in outcome.missing_parts}
     return missing | {fault.hotkey for fault in outcome.faults if reducers.get(fault.part) == fault.hotkey}
-
-
-async def call_group(
-    dendrite: Dendrite, peers: Sequence[PeerAddress], synapse: AllReduce, timeout_s: float
-) -> list[Reply[AllReduceReply]]:
-    """Call every member at once; the replies come when their exchange is over."""
-    return await dendrite.call_many(peers, synapse, timeout_s=timeout_s, concurrency=max(1, len(peers)))
 
 
 def count_signatures(

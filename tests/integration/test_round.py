@@ -33,7 +33,7 @@ from template.handlers import Handlers
 from template.leader import leader_order
 from template.participant import Participation, make_reply, take_part
 from template.validator.collect import Collected, address_of, collect_receipts
-from template.validator.lead import Led, call_group, count_signatures, make_plan, make_synapse
+from template.validator.lead import Led, count_signatures, make_plan, make_synapse
 from template.validator.publish import check_gates, publish_epoch
 from template.validator.reward import round_weights, score_miners
 from template.validator.verify import draw
@@ -98,7 +98,7 @@ class Net:
         )
 
     def lead(self, collected: Collected, weights: dict[str, float]) -> Led:
-        """As `Validator.average_group` does it."""
+        """As `LeadingNeuron.lead` does it."""
         order = leader_order(BLOCK_HASH, {VALIDATOR.hotkey: 1000.0})
         plan = make_plan(
             parts=self.world.parts,
@@ -118,7 +118,7 @@ class Net:
             for miner in self.miners:
                 transport = self.transports[self.anchors[miner.identity.hotkey].peer_id]
                 stack.enter_context(model_thread(self.world, miner.identity, miner.board, self.wire.network, transport))
-            calls = self.wire.network.submit(call_group(self.wire.dendrite, others, synapse, 30.0))
+            calls = self.wire.network.submit(self.wire.dendrite.call_many(others, synapse, timeout_s=30.0))
             return count_signatures(plan, self.take_part(plan), calls.result(40.0), verify)
 
     def take_part(self, plan: GroupPlan) -> Participation:
