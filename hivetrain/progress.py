@@ -70,3 +70,8 @@ def phase_window(round_number: int, phase: Phase, schedule: Schedule) -> tuple[i
             return start, start + num_blocks
         start += num_blocks
     raise AssertionError("every phase is in the enum")
+
+
+def attempt_start(round_number: int, attempt: int, schedule: Schedule) -> int:
+    """First block at which that attempt at the round's all-reduce may begin; it may lie past ALL_REDUCE."""
+    return phase_window(round_number, Phase.ALL_REDUCE, schedule)[0] + attempt * schedule.leader_patience

@@ -219,11 +219,16 @@ class Schedule:
     verify: int = 6
     all_reduce: int = 6
     publish: int = 5
+    leader_patience: int = 2  # blocks of a leader's silence after which the next one may lead
 
     def __post_init__(self) -> None:
         _require(self.start_block >= 0, f"schedule.start_block must be >= 0, got {self.start_block}")
         _positive("schedule", block_time_s=self.block_time_s, train=self.train, commit=self.commit, verify=self.verify)
-        _positive("schedule", all_reduce=self.all_reduce, publish=self.publish)
+        _positive("schedule", all_reduce=self.all_reduce, publish=self.publish, leader_patience=self.leader_patience)
+        _require(
+            self.leader_patience <= self.all_reduce,
+            f"schedule.leader_patience must be <= schedule.all_reduce ({self.all_reduce}), got {self.leader_patience}",
+        )
 
     @property
     def phase_blocks(self) -> tuple[int, int, int, int, int]:

@@ -45,6 +45,7 @@ from template.chain.client import Chain
 from template.chain.keys import WalletIdentity, load_wallet
 from template.chain.ledger import create_local_chain
 from template.config import read_secrets
+from template.leader import MAX_SITTING
 from template.validator.publish import file_entries, sign_manifest
 
 logger = logging.getLogger("neurons.genesis")
@@ -54,6 +55,8 @@ VALIDATOR_STAKE = 10_000.0
 MARGIN = 3.0
 """How much longer TRAIN and VERIFY are than what this machine needs."""
 CALIBRATION_STEPS = 6
+PATIENCE_S = 3.0
+"""A leader of this machine's that has not called for so long is silent: it looks for its stand-bys for 2 s at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,7 @@ def make_run(
     corpus = build_corpus(folder / "corpus" / "data", heldout_row_groups=recipe.data.heldout_row_groups)
     revision = publish_dataset(endpoint, recipe.data.repo, {f"data/{p.name}": p for p in corpus}, token=token)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, revision=revision, config=""))
-    made = _make(recipe, folder, block_time_s, load, say)
+    made = _make(recipe, folder, block_time_s, load, num_validators, say)
     say("genesis: making keys and registering neurons")
     names = [f"miner-{i + 1}" for i in range(num_miners)] + [f"validator-{i + 1}" for i in range(num_validators)]
     chain_endpoint = _make_chain(folder, names, made, block_time_s)
@@ -198,6 +201,7 @@ def _make(
     folder: Path,
     block_time_s: float,
     load: float,
+    num_validators: int,
     say: Callable[[str], None],
 ) -> Made:
     dataset = LocalDataset(folder / "corpus")
@@ -220,7 +224,7 @@ def _make(
     data = load_round(reader, index, tokenizer, run_id="0" * 64, round_number=0, rank=0, data=recipe.data)
     work = InnerLoop(model, flat, recipe, "cpu").run(state, data.batch, num_steps=CALIBRATION_STEPS)
     step_s = load * work.compute_seconds / work.num_steps
-    recipe = dataclasses.replace(recipe, schedule=_schedule(recipe, step_s, block_time_s))
+    recipe = dataclasses.replace(recipe, schedule=_schedule(recipe, step_s, block_time_s, num_validators))
     heldout = load_heldout(reader, index, tokenizer, recipe.data)
     loss = heldout_loss(model, flat, state.vector, heldout, "cpu")
     files = state_files(state, flat)
@@ -242,22 +246,27 @@ def _make(
     )
 
 
-def _schedule(recipe: Recipe, step_s: float, block_time_s: float) -> Schedule:
-    """Phase lengths for a machine that takes ``step_s`` seconds for an inner step, with a margin."""
+def _schedule(recipe: Recipe, step_s: float, block_time_s: float, num_validators: int) -> Schedule:
+    """Phase lengths for a machine that takes ``step_s`` seconds for an inner step, with a margin.
+
+    With several validators ALL_REDUCE and PUBLISH have room for those that take over from a silent leader.
+    """
 
     def blocks(seconds: float, least: int) -> int:
         return max(least, math.ceil(seconds / block_time_s))
 
     train_s = MARGIN * step_s * recipe.inner.max_steps
     replay_s = MARGIN * step_s * recipe.inner.snapshot_every * 2 + 2.0
+    takeovers_s = PATIENCE_S * (min(num_validators, MAX_SITTING) - 1)
     return Schedule(
         start_block=1,
         block_time_s=block_time_s,
         train=blocks(train_s, 3),
         commit=blocks(3.0, 2),
         verify=blocks(replay_s, 3),
-        all_reduce=blocks(8.0, 3),
-        publish=blocks(5.0, 3),
+        all_reduce=blocks(8.0 + takeovers_s, 3),
+        publish=blocks(5.0 + takeovers_s, 3),
+        leader_patience=blocks(PATIENCE_S, 1),
     )
 
 

@@ -12,7 +12,8 @@ from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 
 from hivetrain.errors import ConfigError, HivetrainError, ServiceError
 from neurons.doctor import Verdict, check_clock
-from template.config import Role, logging_setup, parse_config, read_secrets
+from template.config import Role, parse_config, read_secrets
+from template.logs import logging_setup
 from template.neuron import Neuron
 
 logger = logging.getLogger(__name__)

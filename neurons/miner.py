@@ -45,7 +45,7 @@ class Miner(Neuron):
         """One round of this miner."""
         base = self.find_base(position)
         self.adopt(base)
-        self.board.begin_round(position.round, base.epoch, base.manifest_sha256)
+        self.begin_round(position, base)
         self.status.update(round=position.round, epoch=base.epoch, step=0)
         contribution = self.train(position)
         if contribution is not None:
@@ -71,7 +71,7 @@ class Miner(Neuron):
         end = phase_window(position.round, Phase.PUBLISH, self.schedule)[0]
         while self.blocks.block < end and not self.stopping.is_set():
             try:
-                self.leaders(position.round)
+                self.leader_order(position.round)
                 return
             except ServiceError as exc:
                 logger.warning("cannot tell who leads yet: %s", exc)

@@ -23,6 +23,7 @@ from hivetrain.tracking.status import NeuronStatus
 
 if TYPE_CHECKING:
     from hivetrain.hub.client import HubStore
+    from template.chain.client import NeuronInfo
 
 
 class _Record(BaseModel):
@@ -83,6 +84,10 @@ class Results(Protocol):
         """Weight on chain per hotkey: the mean over the validators that set weights."""
         ...
 
+    def payers(self) -> set[str]:
+        """The validators that set weights."""
+        ...
+
     def scores(self) -> dict[str, Score]:
         """The first validator's newest score per hotkey."""
         ...
@@ -122,6 +127,7 @@ class Report(_Record):
     scores: dict[str, Score]
     weights: dict[str, float]
     seconds: dict[str, float] = Field(default_factory=dict)
+    settled: bool = Field(default=True, exclude=True)  # what failed does not mend itself by waiting
 
     def to_json(self) -> str:
         """Indented JSON; a number that is not finite is written as null."""
@@ -140,6 +146,7 @@ def make_report(
     results: Results,
     miners: Sequence[Member],
     *,
+    validators: Sequence[Member] = (),
     base_epoch: int,
     num_epochs: int,
     min_loss_drop: float = 0.0,
@@ -149,6 +156,7 @@ def make_report(
 
     Args:
         miners: those that were started: each must be a member of every epoch.
+        validators: those that must have set weights.
         base_epoch: the newest epoch when the run started.
         min_loss_drop: nats per token by which the held-out loss must have fallen; 0: at all.
 
@@ -160,16 +168,22 @@ def make_report(
     before = results.manifest(base_epoch).val_loss
     after = manifests[published[-1]].val_loss if published else None
     weights, scores = results.weights(), results.scores()
-    failed = [
+    payers = results.payers()
+    late = [
         *_missing_epochs(published, base_epoch, num_epochs),
+        *_unrecorded_states(results, manifests, miners),
+        *(f"no weight on chain for {m.name} ({m.ss58})" for m in miners if not weights.get(m.ss58, 0.0) > 0),
+        *(f"{m.name} ({m.ss58}) has set no weights" for m in validators if m.ss58 not in payers),
+    ]
+    wrong = [
         *_missing_members(manifests, miners),
         *_differing_states(results, manifests, miners),
-        *(f"no weight on chain for {m.name} ({m.ss58})" for m in miners if not weights.get(m.ss58, 0.0) > 0),
         *_loss_that_stayed(before, after, min_loss_drop),
     ]
     return Report(
-        ok=not failed,
-        failed=failed,
+        ok=not late and not wrong,
+        failed=late + wrong,
+        settled=not late,
         epochs=[_epoch_report(manifest) for manifest in manifests.values()],
         val_loss_before=before,
         val_loss_after=after,
@@ -221,20 +235,23 @@ def _missing_members(manifests: Mapping[int, Manifest], miners: Sequence[Member]
 
 
 def _differing_states(results: Results, manifests: Mapping[int, Manifest], miners: Sequence[Member]) -> list[str]:
-    failed = []
-    for miner in miners:
-        lines = results.states(miner.name)
-        for epoch, manifest in manifests.items():
-            held = [line.state_hash for line in lines if line.epoch == epoch]
-            wrong = [state for state in held if state != manifest.state_hash]
-            if wrong:
-                failed.append(
-                    f"{miner.name} held another state than {epoch_tag(epoch)}: "
-                    f"{wrong[0][:12]}, the manifest says {manifest.state_hash[:12]}"
-                )
-            elif not held:
-                failed.append(f"{miner.name} has not recorded the state of {epoch_tag(epoch)}")
-    return failed
+    return [
+        f"{miner.name} held another state than {epoch_tag(line.epoch)}: "
+        f"{line.state_hash[:12]}, the manifest says {manifests[line.epoch].state_hash[:12]}"
+        for miner in miners
+        for line in results.states(miner.name)
+        if line.epoch in manifests and line.state_hash != manifests[line.epoch].state_hash
+    ]
+
+
+def _unrecorded_states(results: Results, manifests: Mapping[int, Manifest], miners: Sequence[Member]) -> list[str]:
+    recorded = {miner.name: {line.epoch for line in results.states(miner.name)} for miner in miners}
+    return [
+        f"{miner.name} has not recorded the state of {epoch_tag(epoch)}"
+        for miner in miners
+        for epoch in manifests
+        if epoch not in recorded[miner.name]
+    ]
 
 
 def _loss_that_stayed(before: float, after: float | None, min_loss_drop: float) -> list[str]:
@@ -286,13 +303,23 @@ class LiveResults:
 
     def weights(self) -> dict[str, float]:
         """See `Results`."""
+        neurons, rows = self._weights_on_chain()
+        return {n.hotkey: sum(row.get(n.uid, 0.0) for row in rows.values()) / max(len(rows), 1) for n in neurons}
+
+    def payers(self) -> set[str]:
+        """See `Results`."""
+        neurons, rows = self._weights_on_chain()
+        return {neuron.hotkey for neuron in neurons if neuron.uid in rows}
+
+    def _weights_on_chain(self) -> tuple[Sequence[NeuronInfo], dict[int, dict[int, float]]]:
+        """Every neuron, and by validator's uid the weights that it set."""
         from template.chain.client import Chain
 
         genesis = self._genesis
         with Chain(network="local", netuid=genesis.netuid, chain_endpoint=genesis.chain_endpoint) as chain:
             neurons, by_validator = chain.metagraph().neurons, chain.weights()
-        rows = [row for row in by_validator.values() if any(share > 0 for share in row.values())]
-        return {n.hotkey: sum(row.get(n.uid, 0.0) for row in rows) / max(len(rows), 1) for n in neurons}
+        rows = {uid: row for uid, row in by_validator.items() if any(share > 0 for share in row.values())}
+        return neurons, rows
 
     def scores(self) -> dict[str, Score]:
         """See `Results`."""

@@ -28,6 +28,7 @@ from hivetrain.tracking.status import NeuronStatus, read_statuses
 from neurons.plan import DirLock, Plan, UpOptions, child_env, choose_ports, make_plan, prepare_dir
 from neurons.report import Genesis, Member, Report, Results, failed_report, make_report, with_scores
 from neurons.screen import Narrator, View, event_line, render
+from template.leader import MAX_SITTING
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Network:
     async def _watch(self, results: Results, genesis: Genesis) -> Report | None:
         options, started = self._options, time.monotonic()
         names = set(options.neuron_names)
-        miners = [m for m in genesis.wallets if m.role == "miner" and m.name in names]
+        started_ones = [member for member in genesis.wallets if member.name in names]
         complete_at: float | None = None
         grace_s = GRACE_S
         while True:
@@ -167,13 +168,13 @@ class Network:
                     complete_at = time.monotonic()
                     self._seconds["epochs"] = complete_at - started
                     grace_s = max(GRACE_S, 2 * self._seconds["epochs"] / options.num_epochs)
-                report = await asyncio.to_thread(self._judge, results, miners)
+                report = await asyncio.to_thread(self._judge, results, started_ones)
             except ServiceError as exc:
                 if complete_at is not None and time.monotonic() - complete_at > grace_s:
                     raise
                 self._say(f"{time.strftime('%H:%M:%S')} up: {exc}")
                 continue
-            if report.ok or time.monotonic() - complete_at > grace_s:
+            if report.ok or report.settled or time.monotonic() - complete_at > grace_s:
                 return report
 
     def _read_losses(self, results: Results) -> None:
@@ -182,13 +183,16 @@ class Network:
             if epoch > newest:
                 self._losses.append((epoch, results.manifest(epoch).val_loss))
 
-    def _judge(self, results: Results, miners: list[Member]) -> Report:
+    def _judge(self, results: Results, members: list[Member]) -> Report:
         assert self._base_epoch is not None
         assert self._options.num_epochs is not None
         self._seconds["total"] = time.monotonic() - self._started_at
+        validators = [member for member in members if member.role == "validator"]
         return make_report(
             results,
-            miners,
+            [member for member in members if member.role == "miner"],
+            # Of more validators than sit in one all-reduce, some may not have measured anybody yet.
+            validators=validators if len(validators) <= MAX_SITTING else (),
             base_epoch=self._base_epoch,
             num_epochs=self._options.num_epochs,
             min_loss_drop=self._options.min_loss_drop,

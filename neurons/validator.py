@@ -3,7 +3,8 @@
     python neurons/validator.py --netuid 1 --wallet.name validator --wallet.hotkey default --axon.port 8090
 
 One round, as `Validator.round` tells it. Every validator checks and scores for itself; one of them, drawn by
-stake from a block hash, leads the all-reduce and publishes.
+stake from a block hash, leads the all-reduce and publishes. Up to two others sit in it, and take over where the leader
+is silent.
 """
 
 from __future__ import annotations
@@ -18,62 +19,31 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position
-from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
+from hivetrain.scoring import Score, Unscored
 from hivetrain.tracking import metrics
-from hivetrain.verification.receipt import Expected, Receipt
+from hivetrain.verification.receipt import Expected
+from neurons.leading import LeadingNeuron, RoundNotes
 from neurons.main import run_neuron
-from template.anchor import candidates, parse_anchors
-from template.chain.client import NeuronInfo
 from template.chain.keys import verify
-from template.leader import MAX_SITTING
-from template.neuron import Neuron
-from template.protocol import IsAlive
-from template.validator.collect import Collected, address_of, collect_receipts
-from template.validator.lead import Led, call_group, count_signatures, make_plan, make_synapse
-from template.validator.publish import NotPublished, check_gates, publish_epoch
-from template.validator.reward import round_weights, score_miners
-from template.validator.verify import Draw, Verifier, draw
+from template.validator.collect import address_of, collect_receipts
+from template.validator.reward import score_miners
+from template.validator.verify import Verifier, draw
 from template.validator.weights import set_weights
 
 logger = logging.getLogger(__name__)
 
-AWAKE_TIMEOUT_S = 2.0
-REST_ROUNDS = 3
 
-
-@dataclass(slots=True, kw_only=True)
-class RoundNotes:
-    """What one round has given so far."""
-
-    miners: list[NeuronInfo]
-    coins: bytes
-    collected: Collected = field(default_factory=Collected)
-    draws: dict[str, Draw] = field(default_factory=dict)
-    checks: dict[str, CheckResult | None] = field(default_factory=dict)
-    led: Led | None = None
-
-
-class Validator(Neuron):
+class Validator(LeadingNeuron):
     """Checks, leads, publishes and pays."""
-
-    def run(self) -> None:
-        """Round after round, until told to stop."""
-        self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
-        self.average.load()
-        self._resting: dict[str, int] = {}  # until which round a member reduces nothing, for it left a part undone
-        super().run()
 
     def round(self, position: Position) -> None:
         """One round of this validator."""
         base = self.find_base(position)
         self.adopt(base)
-        self.board.begin_round(position.round, base.epoch, base.manifest_sha256)
+        self.begin_round(position, base)
         self.status.update(round=position.round, epoch=base.epoch, loss=base.manifest.val_loss)
         self._stand_for(base)
         self._anchor_orphan(base)
@@ -149,7 +119,7 @@ class Validator(Neuron):
         assert self.held is not None
         start = position.round_start + self.schedule.train + self.schedule.commit
         end = start + self.schedule.verify
-        self.leaders(position.round)
+        self.leader_order(position.round)
         block_hash = self.chain.block_hash(start)
         for hotkey, receipt in notes.collected.receipts.items():
             notes.draws[hotkey] = draw(
@@ -177,141 +147,17 @@ class Validator(Neuron):
         )
         notes.checks = verifier.check(notes.collected.receipts, notes.draws)
 
-    # -- ALL_REDUCE and PUBLISH ---------------------------------------------------------------------------
-
-    def average_group(self, position: Position, base: Ref, notes: RoundNotes) -> None:
-        """Lead the all-reduce and publish, or sit in it while another validator leads."""
-        order = self.leaders(position.round)
-        if not order or order[0] != self.identity.hotkey:
-            self._say("all-reduce", "sitting")
-            self.wait_for_phase(position, Phase.PUBLISH)
-            return
-        weights = round_weights(notes.collected.receipts, notes.checks, self.average, position.round)
-        plan = make_plan(
-            parts=self.parts,
-            round_number=position.round,
-            attempt=0,
-            receipts=notes.collected.receipts,
-            weights=weights,
-            sitting=self._awake(order[:MAX_SITTING]),
-            resting={hotkey for hotkey, until in self._resting.items() if position.round < until},
-            anchors={hotkey: anchor for hotkey, (_, anchor) in parse_anchors(self.chain.commitments()).items()},
-            duration_s=0.8 * self.schedule.all_reduce * self.schedule.block_time_s,
-        )
-        if plan is None:
-            logger.warning("round %d: nobody has anything to average", position.round)
-            self.events.append("round_failed", f"round {position.round}: no receipts", round=position.round)
-            return
-        self._say("all-reduce", f"leading {len(plan.members) - 1} members")
-        neurons = {neuron.hotkey: neuron for neuron in self.metagraph.neurons}
-        others = [address_of(neurons[m.hotkey]) for m in plan.members if m.hotkey != self.identity.hotkey]
-        calls = self.network.submit(
-            call_group(self.dendrite, others, make_synapse(plan, base.manifest_sha256), plan.deadline_s + 12)
-        )
-        done = self.take_part(plan, None)
-        if done.outcome is not None:
-            missing = {part.reducer.hotkey for part in plan.parts() if part.index in done.outcome.missing_parts}
-            self._resting.update(dict.fromkeys(missing - {self.identity.hotkey}, position.round + 1 + REST_ROUNDS))
-        notes.led = count_signatures(plan, done, calls.result(plan.deadline_s + 20), verify)
-        self.publish(position, base, notes.led, notes.collected.receipts)
-
-    def _awake(self, sitting: list[str]) -> list[str]:
-        """Those of ``sitting`` that answer now: a seat that stays empty would cost the group a part of the mean."""
-        neurons = {neuron.hotkey: neuron for neuron in self.metagraph.neurons}
-        others = [address_of(neurons[h]) for h in sitting if h in neurons and h != self.identity.hotkey]
-        calls = self.dendrite.call_many(others, IsAlive(), timeout_s=AWAKE_TIMEOUT_S)
-        awake = {reply.hotkey for reply in self.network.run(calls, AWAKE_TIMEOUT_S + 2) if reply.ok}
-        return [hotkey for hotkey in sitting if hotkey == self.identity.hotkey or hotkey in awake]
-
-    def publish(self, position: Position, base: Ref, led: Led, receipts: Mapping[str, Receipt]) -> None:
-        """Pass the gates, tag, anchor; a refusal makes no epoch."""
-        if led.done.state is None:
-            self.events.append("round_failed", f"round {position.round}: {led.done.detail}", round=position.round)
-            return
-        self._say("publishing", f"epoch {led.done.state.epoch}")
-        val_loss = self.bench.heldout_loss(self.parts, led.done.state)
-        try:
-            check_gates(self.parts, led, val_loss, base.manifest.val_loss)
-            ref = publish_epoch(
-                store=self.store,
-                parts=self.parts,
-                base=base,
-                led=led,
-                val_loss=val_loss,
-                block=self.blocks.block,
-                identity=self.identity,
-                receipts=receipts,
-            )
-            self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
-        except (NotPublished, ServiceError) as exc:  # the round is scored all the same
-            logger.warning("round %d makes no epoch: %s", position.round, exc)
-            self.events.append("round_failed", f"round {position.round}: {exc}", round=position.round)
-            return
-        self._log_epoch(ref, led)
-        try:
-            self.store.prune(self.recipe.hub.keep_epochs, self.recipe.adapter.base_epoch)
-        except ServiceError as exc:
-            logger.warning("old epochs stay on the hub for now: %s", exc)
-
-    def _log_epoch(self, ref: Ref, led: Led) -> None:
-        outcome = led.done.outcome
-        assert outcome is not None
-        manifest = ref.manifest
-        self.status.update(loss=manifest.val_loss)
-        text = f"epoch {ref.epoch}: val loss {manifest.val_loss:.3f}, {len(manifest.members)} members"
-        logger.info("published %s", text)
-        self.events.append(
-            "published", text, epoch=ref.epoch, val_loss=manifest.val_loss, members=len(manifest.members)
-        )
-        self.tracker.log(
-            {
-                metrics.GLOBAL_EPOCH: ref.epoch,
-                metrics.GLOBAL_SAMPLES: manifest.total_samples,
-                metrics.VAL_LOSS: manifest.val_loss,
-                metrics.ALLREDUCE_SECONDS: outcome.seconds,
-                metrics.ALLREDUCE_BYTES_SENT: outcome.bytes_sent,
-                metrics.ALLREDUCE_BYTES_RECEIVED: outcome.bytes_received,
-                metrics.ALLREDUCE_FAULTS: len(outcome.faults),
-                metrics.ALLREDUCE_MEMBERS: len(manifest.members),
-            },
-            step=manifest.round,
-        )
-
-    def _stand_for(self, base: Ref) -> None:
-        """Anchor the base ourselves when its leader did: the run must not hang on one validator's commitment."""
-        mine = parse_anchors(self.chain.commitments()).get(self.identity.hotkey)
-        if mine is None or mine[1].epoch < base.epoch:
-            self.announce(epoch=base.epoch, manifest=base.manifest_sha256)
-
-    def _anchor_orphan(self, base: Ref) -> None:
-        """An epoch that was tagged by a leader who died before its hash was on chain: anchor it for the next round."""
-        newest = self.store.latest()
-        if newest is None or newest.epoch <= base.epoch or newest.manifest.parent != base.manifest_sha256:
-            return
-        found = candidates(parse_anchors(self.chain.commitments()), set(self.validators()), self.run_id)
-        if any(candidate.manifest_sha256 == newest.manifest_sha256 for candidate in found):
-            return
-        why = self._why_unacceptable(newest.manifest)
-        if why is not None:
-            logger.error("epoch %d lies on the hub and cannot be accepted: %s", newest.epoch, why)
-            self.events.append("orphan_refused", f"epoch {newest.epoch} on the hub: {why}", epoch=newest.epoch)
-            return
-        logger.info("anchoring epoch %d, which its leader left unanchored", newest.epoch)
-        self.announce(epoch=newest.epoch, manifest=newest.manifest_sha256)
-
     # -- scores -------------------------------------------------------------------------------------------
 
     def score(self, position: Position, notes: RoundNotes) -> None:
         """Score the round, average, keep, and set weights."""
         self._say("scoring", "")
         hotkeys = [neuron.hotkey for neuron in notes.miners]
-        sat = self.sat if self.sat is not None and self.sat[0].round == position.round else None
         scores = score_miners(
             miners=hotkeys,
             collected=notes.collected,
             checks=notes.checks,
-            plan=sat[0] if sat is not None else None,
-            outcome=sat[1].outcome if sat is not None else None,
+            seen=[(one.plan, one.done.outcome) for one in self.exchanges if one.done.outcome is not None],
             average=self.average,
             round_number=position.round,
             scoring=self.recipe.scoring,
@@ -319,6 +165,7 @@ class Validator(Neuron):
         self.refresh_metagraph()
         registered = {neuron.hotkey for neuron in self.metagraph.neurons}
         self.average.update(position.round, scores, registered)
+        self._links.forget(registered)
         shares = self.average.weights()
         self._keep_scores(position, scores, shares)
         if self.config.neuron.disable_set_weights:

@@ -1,4 +1,4 @@
-"""Whether a published manifest may be a base: signed by its leader, and by members who hold a quorum of the samples."""
+"""Whether a manifest may be a base: led by whose turn it was, signed by it, and by members of a quorum of samples."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def why_unacceptable(
     quorum: float,
     registered: Callable[[str], bool],
     base_epoch: Callable[[int], int],
+    why_no_publisher: Callable[[str, int, int], str | None],
     verify: Verify,
 ) -> str | None:
     """Why ``manifest`` is refused, or None.
@@ -27,6 +28,7 @@ def why_unacceptable(
         quorum: share of the samples whose members must have signed the state, in (0, 1].
         registered: whether a hotkey is registered now; a throwaway key stands for nobody.
         base_epoch: the epoch that holds the base of an epoch, by the recipe.
+        why_no_publisher: why ``(hotkey, round, attempt)`` cannot be what was led, or None (`template.leader`).
         verify: checks signatures.
     """
     if manifest.run_id != run_id:
@@ -42,6 +44,9 @@ def why_unacceptable(
         return f"names epoch {manifest.base_epoch} for its base, by the recipe that is epoch {wanted}"
     if wanted == manifest.epoch and BASE_WEIGHTS not in manifest.files:
         return f"its adapter was merged, and it holds no {BASE_WEIGHTS}"
+    why = why_no_publisher(manifest.leader, manifest.round, manifest.attempt)
+    if why is not None:
+        return why
     message = state_message(manifest.run_id, manifest.round, manifest.attempt, manifest.state_hash)
     total = sum(manifest.weights.values())
     signed = sum(

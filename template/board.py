@@ -49,6 +49,8 @@ class Board:
         self._report = Report()
         self._contribution: Contribution | None = None
         self._outcomes: dict[tuple[int, int], AllReduceReply] = {}
+        self._heard = self._begun = -1
+        self._signed: dict[int, str] = {}
         self.mailbox: queue.SimpleQueue[AllReduceTask] = queue.SimpleQueue()
 
     @property
@@ -72,6 +74,8 @@ class Board:
         with self._lock:
             self._contribution = None
             self._outcomes.clear()
+            self._heard = self._begun = -1
+            self._signed = {}
             self._report = replace(
                 self._report, round=round_number, epoch=epoch, base_manifest=base_manifest, step=0, num_steps=0
             )
@@ -89,3 +93,39 @@ class Board:
         """Keep what an attempt gave."""
         with self._lock:
             self._outcomes[(reply.round, reply.attempt)] = reply
+
+    # -- attempts at this round's all-reduce --------------------------------------------------------------
+
+    @property
+    def heard(self) -> int:
+        """The highest attempt whose leader called here, whether or not we are in its group; -1: nobody did."""
+        return self._heard
+
+    @property
+    def begun(self) -> int:
+        """The highest attempt at an exchange that has begun here, -1 before the first. Lower ones have to end."""
+        return self._begun
+
+    @property
+    def newest_attempt(self) -> int:
+        """The highest attempt for which we exchanged or signed, -1 for none. Nobody is heard for a lower one."""
+        return max(self._begun, *self._signed, -1)
+
+    def hear(self, attempt: int) -> None:
+        """The rightful leader of ``attempt`` has called."""
+        with self._lock:
+            self._heard = max(self._heard, attempt)
+
+    def begin_attempt(self, attempt: int) -> None:
+        """The exchange of ``attempt`` begins here."""
+        with self._lock:
+            self._heard, self._begun = max(self._heard, attempt), max(self._begun, attempt)
+
+    def holds(self, state_hash: str) -> bool:
+        """Whether that is a state which an attempt at this round gave here."""
+        return bool(state_hash) and state_hash in self._signed.values()
+
+    def sign_once(self, attempt: int, state_hash: str) -> bool:
+        """Whether ``state_hash`` may be signed for ``attempt``: one state per attempt, and the first one stands."""
+        with self._lock:
+            return self._signed.setdefault(attempt, state_hash) == state_hash

@@ -16,6 +16,8 @@ from hivetrain import __version__
 from hivetrain.averaging.group import GroupPlan, plan_from_dict
 from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import Fault, PeerFault
+from hivetrain.identity import Identity
+from hivetrain.manifest import state_message
 from template.axon import Caller
 from template.board import AllReduceTask, Board
 from template.protocol import (
@@ -80,9 +82,11 @@ class Handlers:
     Args:
         role: "miner" or "validator".
         run_id: the run that this neuron is in.
+        identity: who this neuron is; signs the state that it holds for a leader who has it too.
         board: where the model's thread writes.
         layout: of what the all-reduce carries.
-        may_lead: why ``(hotkey, round, attempt)`` may not lead, or None when it may.
+        why_not_leader: why ``hotkey`` may not ask for ``want`` in an attempt at a round, or None when it may; called
+            as ``why_not_leader(hotkey, round, attempt, want)``.
         max_deadline_s: how long a leader may hold this neuron: the length of ALL_REDUCE.
     """
 
@@ -91,18 +95,18 @@ class Handlers:
         *,
         role: str,
         run_id: str,
-        hotkey: str,
+        identity: Identity,
         board: Board,
         layout: PayloadLayout,
-        may_lead: Callable[[str, int, int], str | None],
+        why_not_leader: Callable[[str, int, int, str], str | None],
         max_deadline_s: float = MAX_DEADLINE_S,
     ) -> None:
         self._role = role
         self._run_id = run_id
-        self._hotkey = hotkey
+        self._identity = identity
         self._board = board
         self._layout = layout
-        self._may_lead = may_lead
+        self._why_not_leader = why_not_leader
         self._max_deadline_s = min(max_deadline_s, MAX_DEADLINE_S)
         self._coins = Coins()
         self._running: dict[tuple[int, int], concurrent.futures.Future[AllReduceReply]] = {}
@@ -159,6 +163,8 @@ class Handlers:
 
     async def all_reduce(self, synapse: AllReduce, caller: Caller) -> AllReduceReply:
         """Check the call, hand it to the model's thread, and wait for what came of it."""
+        if synapse.want == "state":
+            return self._sign_held(synapse, caller)
         done = self._board.outcome(synapse.round, synapse.attempt)
         if done is not None:
             return done
@@ -173,6 +179,7 @@ class Handlers:
         if refusal is not None:
             logger.warning("refused AllReduce of %s for round %d: %s", caller.hotkey[:8], synapse.round, refusal)
             return self._reply(synapse, accepted=False, detail=refusal)
+        self._board.begin_attempt(synapse.attempt)  # an exchange of a lower one gives way
         future: concurrent.futures.Future[AllReduceReply] = concurrent.futures.Future()
         self._running = {(synapse.round, synapse.attempt): future}
         self._board.mailbox.put(AllReduceTask(request=synapse, plan=plan, caller=caller.hotkey, reply=future))
@@ -187,24 +194,61 @@ class Handlers:
             return self._reply(synapse, accepted=True, detail="the model's thread did not answer in time")
         except asyncio.CancelledError:
             if future.cancelled():
-                return self._reply(synapse, accepted=False, detail="the state that this round starts from has changed")
+                return self._reply(synapse, accepted=False, detail="the round has moved on")
             raise
 
-    def _refuse(self, synapse: AllReduce, plan: GroupPlan, caller: Caller) -> str | None:
+    def _sign_held(self, synapse: AllReduce, caller: Caller) -> AllReduceReply:
+        """Sign the state that an earlier attempt gave here, for the leader who goes on with it."""
+        refusal = self._refuse_caller(synapse, caller)
+        if refusal is None and not self._board.holds(synapse.state_hash):
+            refusal = f"state {synapse.state_hash[:12]} is not held here"
+        if refusal is None and not self._board.sign_once(synapse.attempt, synapse.state_hash):
+            refusal = f"another state is signed for attempt {synapse.attempt}"
+        if refusal is not None:
+            logger.warning("no signature for %s in round %d: %s", caller.hotkey[:8], synapse.round, refusal)
+            return self._reply(synapse, accepted=False, detail=refusal)
+        message = state_message(self._run_id, synapse.round, synapse.attempt, synapse.state_hash)
+        return AllReduceReply(
+            run_id=self._run_id,
+            round=synapse.round,
+            attempt=synapse.attempt,
+            accepted=True,
+            completed=True,
+            state_hash=synapse.state_hash,
+            state_signature=self._identity.sign(message).hex(),
+        )
+
+    def _refuse_caller(self, synapse: AllReduce, caller: Caller) -> str | None:
+        """Why this call is not one of the round's leader, or comes too late; None where it is to be heard."""
         report = self._board.report
-        if synapse.run_id != self._run_id or plan.run_id != self._run_id:
+        if synapse.run_id != self._run_id:
             return f"another run: {synapse.run_id[:12]}, here {self._run_id[:12]}"
+        if synapse.round != report.round:
+            return f"round {synapse.round}, here {report.round}"
+        if synapse.base_manifest != report.base_manifest:
+            return f"base {synapse.base_manifest[:12]}, here {report.base_manifest[:12]}"
+        why = self._why_not_leader(caller.hotkey, synapse.round, synapse.attempt, synapse.want)
+        if why is not None:
+            return why
+        self._board.hear(synapse.attempt)
+        newest = self._board.newest_attempt
+        if synapse.attempt < newest:
+            return f"attempt {synapse.attempt} is over: attempt {newest} has begun here"
+        return None
+
+    def _refuse(self, synapse: AllReduce, plan: GroupPlan, caller: Caller) -> str | None:
+        refusal = self._refuse_caller(synapse, caller)
+        if refusal is not None:
+            return refusal
+        if plan.run_id != self._run_id:
+            return f"another run: {plan.run_id[:12]}, here {self._run_id[:12]}"
         if (plan.round, plan.attempt) != (synapse.round, synapse.attempt):
             return f"plan is of round {plan.round}.{plan.attempt}, the call of {synapse.round}.{synapse.attempt}"
         if plan.deadline_s > self._max_deadline_s:
             return f"deadline {plan.deadline_s:g} s, the limit is {self._max_deadline_s:g} s"
         if plan.layout != self._layout:
             return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
-        if synapse.round != report.round:
-            return f"round {synapse.round}, here {report.round}"
-        if synapse.base_manifest != report.base_manifest:
-            return f"base {synapse.base_manifest[:12]}, here {report.base_manifest[:12]}"
-        mine = plan.member(self._hotkey)
+        mine = plan.member(self._identity.hotkey)
         if mine is None:
             return "this hotkey is not in the group"
         contribution = self._board.contribution
@@ -213,7 +257,7 @@ class Handlers:
                 return "nothing is committed for this round"
             if mine.root != contribution.payload_root:
                 return "the plan names another root than the receipt's"
-        return self._may_lead(caller.hotkey, synapse.round, synapse.attempt)
+        return None
 
     def _reply(self, synapse: AllReduce, *, accepted: bool, detail: str) -> AllReduceReply:
         return AllReduceReply(

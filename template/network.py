@@ -8,12 +8,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from hivetrain.errors import ServiceError
 
 T = TypeVar("T")
+
+POLL_S = 0.1
+END_S = 5.0
+
+
+class GaveUp(Exception):
+    """Work on the network thread was ended because its caller does not need it any more."""
 
 
 class NetworkThread:
@@ -54,22 +62,45 @@ class NetworkThread:
             raise ServiceError("the network thread does not run")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> T:
         """Run ``work`` on the loop and wait for it.
 
+        Args:
+            give_up: asked now and then; True ends the work.
+
         Raises:
-            ServiceError: it took longer than ``timeout_s``, and is cancelled; or the thread was closed.
+            ServiceError: it took longer than ``timeout_s``, or the thread was closed.
+            GaveUp: ``give_up`` said so. Either way the work has ended, or has had `END_S` to do so.
         """
-        future = self.submit(work)
+        ended = threading.Event()
+
+        async def watched() -> T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
         try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
-            if future.done():
-                raise
-            future.cancel()
-            raise ServiceError(f"network work took longer than {timeout_s:.1f} s") from None
-        except concurrent.futures.CancelledError:
-            raise ServiceError("the network thread was closed") from None
+            future = self.submit(watched())
+        except ServiceError:
+            work.close()
+            raise
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            try:
+                return future.result(max(0.0, min(POLL_S, give_up_at - time.monotonic())))
+            except concurrent.futures.TimeoutError:
+                if future.done():  # in this very moment, or with a timeout of its own
+                    return future.result()
+            except concurrent.futures.CancelledError:
+                raise ServiceError("the network thread was closed") from None
+            late = time.monotonic() >= give_up_at
+            if late or give_up():
+                future.cancel()
+                ended.wait(END_S)  # what it holds, such as the transport's acceptor, is wanted next
+                if late:
+                    raise ServiceError(f"network work took longer than {timeout_s:.1f} s")
+                raise GaveUp
 
     def close(self) -> None:
         """Cancel what runs and stop the thread."""

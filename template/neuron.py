@@ -9,7 +9,7 @@ import errno
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hivetrain.averaging.group import GroupPlan
@@ -18,7 +18,7 @@ from hivetrain.manifest import Manifest, Ref
 from hivetrain.progress import Phase, Position, phase_at, phase_window
 from hivetrain.training.state import State
 from template.acceptance import why_unacceptable
-from template.anchor import candidates, find_base, parse_anchors
+from template.anchor import Anchor, Candidate, candidates, find_base, parse_anchors
 from template.board import AllReduceTask
 from template.chain.keys import verify
 from template.config import NeuronConfig, Secrets
@@ -39,14 +39,27 @@ class Held:
     state: State
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One attempt at a round's all-reduce that ended by itself here, with a state or without.
+
+    Attributes:
+        ended_at: the newest block then.
+    """
+
+    plan: GroupPlan
+    done: Participation
+    ended_at: int
+
+
 class Neuron(Node):
     """The common part of miners and validators."""
 
     def __init__(self, config: NeuronConfig, secrets: Secrets) -> None:
         super().__init__(config, secrets)
         self.held: Held | None = None
-        self.pending: Participation | None = None
-        self.sat: tuple[GroupPlan, Participation] | None = None  # the last all-reduce that took place here
+        self.exchanges: list[Exchange] = []  # of this round, in the order of their attempts
+        self.anchors: dict[str, tuple[int, Anchor]] = {}  # as `read_anchors` last read them
         self._last_round = -1  # the newest that has begun, here or before we were ready
 
     def start(self) -> None:
@@ -88,22 +101,36 @@ class Neuron(Node):
             ServiceError: chain or hub do not answer.
         """
         self.refresh_metagraph()
-        found = candidates(parse_anchors(self.chain.commitments()), set(self.validators()), self.run_id)
-        return find_base(found, position.round_start, self.store.resolve, self._why_unacceptable)
+        return find_base(self.read_anchors(), position.round_start, self.store.resolve, self.why_unacceptable)
+
+    def read_anchors(self) -> list[Candidate]:
+        """Read what everyone has committed on chain; the epochs that permitted validators stand for, newest first.
+
+        Raises:
+            ServiceError: the chain does not answer.
+        """
+        self.anchors = parse_anchors(self.chain.commitments())
+        return candidates(self.anchors, set(self.validators()), self.run_id)
+
+    def begin_round(self, position: Position, base: Ref) -> None:
+        """Forget the last round, and say where we are."""
+        self.exchanges = []
+        self.board.begin_round(position.round, base.epoch, base.manifest_sha256)
 
     def adopt(self, ref: Ref) -> None:
         """Hold the state of ``ref``: the one that we computed, if it is the same, else a download."""
         if self.held is not None and self.held.ref.manifest_sha256 == ref.manifest_sha256:
             return
-        digest = ref.manifest.state_hash
-        pending, self.pending = self.pending, None
-        if pending is not None and pending.state is not None and pending.state_hash == digest:
-            source, state = "computed", pending.state
-        else:
+        digest = computed = ref.manifest.state_hash
+        state = next((one.done.state for one in self.exchanges if one.done.state_hash == digest), None)
+        source = "computed"
+        if state is None:
             self._say("resync", f"downloading epoch {ref.epoch}")
             source, state = "downloaded", self.bench.load_state(ref, self.parts)
+            tried = (ref.manifest.round, ref.manifest.attempt)
+            ours = [one.done for one in self.exchanges if (one.plan.round, one.plan.attempt) == tried]
+            computed = next((done.state_hash for done in ours if done.state_hash), digest)
         self.held = Held(ref=ref, state=self.parts.base.adopt_(state))
-        computed = pending.state_hash if pending is not None and pending.state_hash else digest
         self._record_state(ref, computed, source)
         self.status.update(epoch=ref.epoch)
         if source == "downloaded" and ref.epoch > 0:
@@ -118,8 +145,9 @@ class Neuron(Node):
         }
         append_line(self.config.state_dir / "states.jsonl", line)
 
-    def _why_unacceptable(self, manifest: Manifest) -> str | None:
+    def why_unacceptable(self, manifest: Manifest) -> str | None:
         """Why a manifest is refused here and now, or None."""
+        permitted = self.validators()
         return why_unacceptable(
             manifest,
             run_id=self.run_id,
@@ -127,6 +155,9 @@ class Neuron(Node):
             quorum=self.recipe.gates.quorum,
             registered=lambda hotkey: self.metagraph.by_hotkey(hotkey) is not None,
             base_epoch=self.recipe.adapter.base_epoch,
+            why_no_publisher=lambda hotkey, round_number, attempt: self.leaders.why_no_publisher(
+                hotkey, round_number, attempt, permitted
+            ),
             verify=verify,
         )
 
@@ -173,9 +204,9 @@ class Neuron(Node):
         base = self.held.ref
         while self.blocks.block < end and not self.stopping.is_set() and self.held.ref is base:
             try:
-                found = candidates(parse_anchors(self.chain.commitments()), set(self.validators()), self.run_id)
+                found = self.read_anchors()
                 if found and found[0].epoch > base.epoch:
-                    self.adopt(find_base(found, found[0].block + 1, self.store.resolve, self._why_unacceptable))
+                    self.adopt(find_base(found, found[0].block + 1, self.store.resolve, self.why_unacceptable))
             except ServiceError as exc:
                 logger.warning("cannot take the new epoch yet: %s", exc)
             self.wait_for_block(min(end, self.blocks.block + 1))
@@ -187,6 +218,7 @@ class Neuron(Node):
 
     def _serve(self, task: AllReduceTask) -> None:
         current = task.request.round == self.board.report.round  # a failed round leaves the base as it was
+        current = current and task.plan.attempt >= self.board.begun
         if self.held is None or not current or task.request.base_manifest != self.held.ref.manifest_sha256:
             task.reply.cancel()
             return
@@ -202,7 +234,10 @@ class Neuron(Node):
         self._say("waiting", "for the next epoch")
 
     def take_part(self, plan: GroupPlan, payload: bytes | None) -> Participation:
-        """Exchange with the group of ``plan``; the next state is kept until the next round says what was published."""
+        """Exchange with the group of ``plan``; the next state is kept until the next round says what was published.
+
+        A valid call of a higher attempt ends the exchange.
+        """
         assert self.held is not None
         done = take_part(
             plan,
@@ -213,13 +248,20 @@ class Neuron(Node):
             verify=verify,
             network=self.network,
             transport=self.swarm,
+            give_way=lambda: self.board.begun > plan.attempt,
         )
-        if done.state is not None:
-            self.pending = done
+        is_over = self.board.newest_attempt > plan.attempt
+        if done.state is not None and (is_over or not self.board.sign_once(plan.attempt, done.state_hash)):
+            done = replace(done, signature="")  # a higher attempt counts, or the leader had another state signed
+        if done.outcome is not None or not is_over:
+            self.exchanges.append(Exchange(plan=plan, done=done, ended_at=self.blocks.block))
+            self.exchanged(self.exchanges[-1])
         if done.outcome is not None:
-            self.sat = (plan, done)
             self._log_all_reduce(done)
         return done
+
+    def exchanged(self, exchange: Exchange) -> None:
+        """The role's own part of what an all-reduce showed."""
 
     def _log_all_reduce(self, done: Participation) -> None:
         outcome = done.outcome
@@ -242,4 +284,4 @@ def append_line(path: Path, record: dict[str, object]) -> None:
         os.fsync(file.fileno())
 
 
-__all__ = ["Held", "Neuron", "append_line"]
+__all__ = ["Exchange", "Held", "Neuron", "append_line"]

@@ -18,7 +18,6 @@ from hivetrain.averaging.swarm import Swarm
 from hivetrain.errors import ConfigError, IntegrityError, ServiceError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
-from hivetrain.progress import Phase, phase_window
 from hivetrain.run import read_recipe
 from hivetrain.tracking import EventLog, RunInfo, StatusWriter, Trackers, make_tracker
 from hivetrain.workbench import Parts, Workbench
@@ -32,7 +31,7 @@ from template.chain.keys import WalletIdentity, load_wallet
 from template.config import NeuronConfig, Secrets
 from template.dendrite import Dendrite
 from template.handlers import Handlers
-from template.leader import leader_order
+from template.leader import Leaders
 from template.network import NetworkThread
 from template.protocol import AllReduce, IsAlive, Train
 
@@ -92,7 +91,6 @@ class Node:
         self.status = StatusWriter(config.run_dir / "status", self.name, config.role)
         self.events = EventLog(config.run_dir / "events.jsonl", self.name)
         self.metagraph = Metagraph(netuid=config.netuid, block=-1, neurons=())
-        self._last_leader: tuple[int, list[str]] = (-1, [])
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -211,6 +209,7 @@ class Node:
         self.parts: Parts = self.bench.open(self.run_id, pinned)
         self.recipe = self.parts.recipe
         self.schedule = self.recipe.schedule
+        self.leaders = Leaders(self.schedule)
 
     def _run_on_chain(self) -> tuple[str, str]:
         """Id and repo of the run that the validators with the most stake stand for."""
@@ -238,10 +237,10 @@ class Node:
         handlers = Handlers(
             role=config.role,
             run_id=self.run_id,
-            hotkey=self.identity.hotkey,
+            identity=self.identity,
             board=self.board,
             layout=self.parts.layout,
-            may_lead=self._may_lead,
+            why_not_leader=self._why_not_leader,
             max_deadline_s=self.schedule.all_reduce * self.schedule.block_time_s,
         )
         self.axon.attach(IsAlive, handlers.is_alive)
@@ -337,7 +336,8 @@ class Node:
         old = mine[1] if mine is not None else Anchor()
         anchor = Anchor(
             peer_id=self.swarm.peer_id,
-            maddrs=announced_maddrs(self.swarm.visible_maddrs()),
+            # Behind a NAT no address works: who announces none reduces nothing, and sends over its own streams.
+            maddrs=() if self.config.dht.client_mode else announced_maddrs(self.swarm.visible_maddrs()),
             run_id=bytes.fromhex(self.run_id),
             repo=self._repo,
             epoch=old.epoch if epoch is None else epoch,
@@ -346,28 +346,19 @@ class Node:
         if anchor != old:
             self.chain.commit(anchor.to_bytes())
 
-    def leaders(self, round_number: int) -> list[str]:
-        """The order in which validators lead a round: drawn from the hash of the first block of its VERIFY."""
-        if self._last_leader[0] != round_number:
-            start = self.schedule.start_block + round_number * self.schedule.round_blocks
-            drawn_at = start + self.schedule.train + self.schedule.commit
-            order = leader_order(self.chain.block_hash(drawn_at), self.validators())
-            self._last_leader = (round_number, order)
-        return self._last_leader[1]
+    def leader_order(self, round_number: int) -> tuple[str, ...]:
+        """The order in which validators lead the current round.
 
-    def _may_lead(self, hotkey: str, round_number: int, attempt: int) -> str | None:
-        known_round, order = self._last_leader
-        if known_round != round_number or not order:
-            return f"round {round_number} has no leader yet"
-        if attempt != 0:
-            return f"attempt {attempt}: nobody takes over in mid-round"
-        if order[0] != hotkey:
-            return f"round {round_number} is led by {order[0]}"
-        start, end = phase_window(round_number, Phase.ALL_REDUCE, self.schedule)
-        # A block of grace: the leader may have seen the phase begin before we did.
-        if not start - 1 <= self.blocks.block < end:
-            return f"block {self.blocks.block} is not in ALL_REDUCE, blocks {start} to {end - 1}"
-        return None
+        Raises:
+            ServiceError: the chain does not tell the seed.
+        """
+        if not self.leaders.order(round_number):
+            seed = self.chain.block_hash(self.leaders.draw_block(round_number))
+            self.leaders.learn(round_number, seed, self.validators())
+        return self.leaders.order(round_number)
+
+    def _why_not_leader(self, hotkey: str, round_number: int, attempt: int, want: str) -> str | None:
+        return self.leaders.why_not(hotkey, round_number, attempt, want, self.blocks.block)
 
     def _facts(self, hotkey: str) -> NeuronFacts | None:
         neuron = self.metagraph.by_hotkey(hotkey)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
@@ -14,7 +15,7 @@ from hivetrain.manifest import state_message
 from hivetrain.training.outer import outer_step
 from hivetrain.training.state import State, state_hash
 from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, Parts
-from template.network import NetworkThread
+from template.network import GaveUp, NetworkThread
 from template.protocol import AllReduceReply, Link, MemberFault
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Participation:
     """What one all-reduce gave here.
 
     Attributes:
-        outcome: None where the exchange could not run at all (our own failure).
+        outcome: None where the exchange could not run at all (our own failure), or gave way to a higher attempt.
         state: the next state, None where a part is missing.
         state_hash: its hash, "" without one.
         signature: hex, over `hivetrain.manifest.state_message`; "" without a state.
@@ -53,11 +54,19 @@ def take_part(
     verify: Verify,
     network: NetworkThread,
     transport: Transport,
+    give_way: Callable[[], bool] = lambda: False,
 ) -> Participation:
-    """Exchange with the group, then take the outer step and sign what came out."""
+    """Exchange with the group, then take the outer step and sign what came out.
+
+    Args:
+        give_way: asked now and then during the exchange; True ends it, for a higher attempt has begun.
+    """
     work = all_reduce(plan, identity, payload, transport, verify)
     try:
-        outcome = network.run(work, plan.deadline_s + GRACE_S)
+        outcome = network.run(work, plan.deadline_s + GRACE_S, give_way)
+    except GaveUp:
+        logger.warning("attempt %d of round %d gives way to a higher one", plan.attempt, plan.round)
+        return Participation(outcome=None, state=None, detail="this attempt gave way to a higher one")
     except (ServiceError, ValueError) as exc:  # ValueError: the plan has us at another peer id, or another payload
         logger.warning("all-reduce of round %d could not run here: %s", plan.round, exc)
         return Participation(outcome=None, state=None, detail=str(exc))

@@ -245,7 +245,11 @@ class AllReduceReply(Message):
 
 
 class AllReduce(Synapse[AllReduceReply]):
-    """Ask a member to join the averaging group that ``plan`` (msgpack) describes."""
+    """Ask a member to join the averaging group that ``plan`` (msgpack) describes, or to sign what it holds already.
+
+    ``want="state"``: no exchange; the member signs ``state_hash`` for ``attempt``, if it holds that state after an
+    earlier attempt at this round. ``plan`` is empty then.
+    """
 
     route = "/AllReduce"
     reply_type = AllReduceReply
@@ -257,6 +261,8 @@ class AllReduce(Synapse[AllReduceReply]):
     attempt: Count
     plan: Annotated[bytes, Field(max_length=_MIB)]
     base_manifest: Sha256
+    want: Literal["mean", "state"] = "mean"
+    state_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
 
 __all__ = [

@@ -168,17 +168,17 @@ class World:
         self,
         miner: WalletIdentity,
         board: Board,
-        may_lead: Callable[[str, int, int], str | None] = lambda *_: None,
+        why_not_leader: Callable[[str, int, int, str], str | None] = lambda *_: None,
         role: str = "miner",
     ) -> Handlers:
         """The real handlers of one neuron."""
         return Handlers(
             role=role,
             run_id=self.parts.run_id,
-            hotkey=miner.hotkey,
+            identity=miner,
             board=board,
             layout=self.parts.layout,
-            may_lead=may_lead,
+            why_not_leader=why_not_leader,
         )
 
     def verifier(self, wire: Wire, **changes: object) -> Verifier:

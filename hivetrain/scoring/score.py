@@ -47,12 +47,14 @@ class Bandwidth:
     Attributes:
         size_bytes: bytes received from the member.
         seconds: from the first byte to the last.
-        in_time: whether all of it came before the deadline.
+        in_time: whether it came before the deadline.
+        fault: what the validator saw the member do wrong in the all-reduce, in words; "" for nothing.
     """
 
     size_bytes: int
     seconds: float
     in_time: bool
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,8 @@ def _gradient(fact: RoundFacts, scoring: Scoring) -> tuple[float, str, bool]:
 
 
 def _bandwidth(measured: Bandwidth | None, scoring: Scoring) -> tuple[float, str]:
+    if measured is not None and measured.fault:
+        return 0.0, f"at fault in the all-reduce: {measured.fault}"
     if measured is None or measured.size_bytes == 0:
         return 0.0, "sent nothing in the all-reduce"
     if not measured.in_time:

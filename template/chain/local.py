@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bittensor as bt
-from bittensor.keyfiles import Keypair
+from bittensor.keyfiles import KeyfileError, Keypair, WrongPasswordError
 
 from hivetrain.errors import ChainError
 from template.chain import runtime
@@ -248,7 +248,8 @@ class LocalSubstrate:
             payload = _payload(genesis, signer, number, call)
             try:
                 signature = bytes(keypair.sign(payload))
-            except Exception as exc:
+            # What the SDK's signers raise: no private key, a key file that cannot be read, or a password that is wrong.
+            except (ValueError, OSError, KeyfileError, WrongPasswordError) as exc:
                 raise bt.ChainError(f"{signer} cannot sign: {exc}") from exc
             if not Keypair(ss58_address=signer).verify(payload, signature):
                 return _refused("BadProof", "Invalid Transaction: the signature does not verify")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import msgpack
 
+from hivetrain.averaging.butterfly import AllReduceOutcome
 from hivetrain.averaging.group import GroupPlan, Member, plan_to_dict
 from hivetrain.identity import Verify
 from hivetrain.manifest import state_message
 from hivetrain.verification.receipt import Receipt
 from hivetrain.workbench import Parts
 from template.anchor import Anchor
-from template.dendrite import Dendrite, PeerAddress, Reply
+from template.dendrite import Reply
 from template.participant import Participation
 from template.protocol import AllReduce, AllReduceReply
 
@@ -28,7 +29,7 @@ class Led:
     Attributes:
         plan: the group.
         done: what this validator holds.
-        replies: what the others say, by hotkey.
+        replies: what the other members say, by hotkey.
         signatures: hex signatures of members that hold the leader's very state.
     """
 
@@ -49,8 +50,9 @@ def make_plan(
     anchors: Mapping[str, Anchor],
     duration_s: float,
     resting: Collection[str] = (),
+    shares: Mapping[str, float] | None = None,
 ) -> GroupPlan | None:
-    """The group of one attempt; None when nobody has anything to send.
+    """The group of one attempt; None when nobody has anything to send, or nobody can reduce.
 
     Args:
         receipts: valid ones, by hotkey.
@@ -59,15 +61,21 @@ def make_plan(
         anchors: where everyone is reached, by hotkey; who is missing here cannot take part.
         duration_s: time for the whole exchange.
         resting: senders that reduce nothing: they left a part undone lately.
+        shares: relative size of the part that a member reduces, by hotkey; 1 for who is not in it.
+
+    Who announces no address (behind a NAT) cannot be dialled: it sends over the streams that it opens, and reduces
+    nothing.
     """
+    shares = shares or {}
     members = [
         Member(
             hotkey=hotkey,
             peer_id=anchors[hotkey].peer_id,
             maddrs=anchors[hotkey].maddrs,
             weight=weights[hotkey],
-            reduces=hotkey not in resting,
+            reduces=hotkey not in resting and bool(anchors[hotkey].maddrs),
             root=bytes.fromhex(receipt.payload_root),
+            share=shares.get(hotkey, 1.0),
         )
         for hotkey, receipt in sorted(receipts.items())
         if weights.get(hotkey, 0.0) > 0 and hotkey in anchors and anchors[hotkey].peer_id
@@ -78,13 +86,17 @@ def make_plan(
             peer_id=anchors[hotkey].peer_id,
             maddrs=anchors[hotkey].maddrs,
             weight=0.0,
-            reduces=True,
+            reduces=bool(anchors[hotkey].maddrs),
+            share=shares.get(hotkey, 1.0),
         )
         for hotkey in sitting
         if hotkey in anchors and anchors[hotkey].peer_id
     ]
     distinct = _distinct(seats, members)
     if sum(member.sends for member in distinct) < parts.recipe.averaging.min_members:
+        return None
+    if not any(member.reduces for member in distinct):
+        logger.warning("no group: not one of %d members can be dialled", len(distinct))
         return None
     return GroupPlan(
         run_id=parts.run_id,
@@ -125,11 +137,24 @@ def make_synapse(plan: GroupPlan, base_manifest: str) -> AllReduce:
     )
 
 
-async def call_group(
-    dendrite: Dendrite, peers: Sequence[PeerAddress], synapse: AllReduce, timeout_s: float
-) -> list[Reply[AllReduceReply]]:
-    """Call every member at once; the replies come when their exchange is over."""
-    return await dendrite.call_many(peers, synapse, timeout_s=timeout_s, concurrency=max(1, len(peers)))
+def make_state_synapse(plan: GroupPlan, base_manifest: str, state_hash: str) -> AllReduce:
+    """The call that asks members to sign, for the plan's attempt, a state that they hold already."""
+    return AllReduce(
+        run_id=plan.run_id,
+        round=plan.round,
+        attempt=plan.attempt,
+        plan=b"",
+        base_manifest=base_manifest,
+        want="state",
+        state_hash=state_hash,
+    )
+
+
+def left_undone(plan: GroupPlan, outcome: AllReduceOutcome) -> set[str]:
+    """Reducers whose own part is missing, or whom we saw at fault with it."""
+    reducers = {part.index: part.reducer.hotkey for part in plan.parts()}
+    missing = {reducers[index] for index in outcome.missing_parts}
+    return missing | {fault.hotkey for fault in outcome.faults if reducers.get(fault.part) == fault.hotkey}
 
 
 def count_signatures(

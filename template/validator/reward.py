@@ -11,7 +11,11 @@ from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts,
 from hivetrain.verification.receipt import Receipt
 from template.validator.collect import Collected
 
-FULLY_INCLUDED = 0.999
+MOSTLY_INCLUDED = 0.5
+"""A sender that more than this share of the mean holds was in time: one reducer's word alone leaves nobody unpaid."""
+
+Seen = Sequence[tuple[GroupPlan, AllReduceOutcome]]
+"""The attempts at a round's all-reduce that this validator sat in to their end, in their order."""
 
 
 def round_weights(
@@ -30,13 +34,22 @@ def round_weights(
     return weights
 
 
-def measured(plan: GroupPlan, outcome: AllReduceOutcome, hotkey: str) -> Bandwidth:
-    """What we saw of ``hotkey``'s sending to our own part."""
+def measured(seen: Seen, hotkey: str) -> Bandwidth | None:
+    """What we saw of ``hotkey``'s sending to our own part, or of its faults; None where our own side saw nothing."""
+    for _, outcome in seen:
+        for fault in outcome.faults:
+            if fault.hotkey == hotkey:
+                return Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault=f"{fault.fault.value}: {fault.detail}")
+    # The attempt that gave a whole mean counts; where none did, the last one.
+    _, outcome = max(enumerate(outcome for _, outcome in seen), key=lambda one: (one[1].complete, one[0]))
+    if not any(outcome.included.values()):
+        return None
+    in_time = outcome.included.get(hotkey, 0.0) > MOSTLY_INCLUDED
     link = next((link for link in outcome.links if link.hotkey == hotkey), None)
-    in_time = outcome.included.get(hotkey, 0.0) >= FULLY_INCLUDED
-    if link is None:
-        return Bandwidth(size_bytes=0, seconds=0.0, in_time=in_time)
-    return Bandwidth(size_bytes=link.bytes_received, seconds=link.seconds, in_time=in_time)
+    size_bytes, seconds = (link.bytes_received, link.seconds) if link is not None else (0, 0.0)
+    if in_time and size_bytes == 0:
+        return None  # it sent to the others: we reduced nothing, or had stopped
+    return Bandwidth(size_bytes=size_bytes, seconds=seconds, in_time=in_time)
 
 
 def score_miners(
@@ -44,8 +57,7 @@ def score_miners(
     miners: Sequence[str],
     collected: Collected,
     checks: Mapping[str, CheckResult | None],
-    plan: GroupPlan | None,
-    outcome: AllReduceOutcome | None,
+    seen: Seen,
     average: MovingAverage,
     round_number: int,
     scoring: Scoring,
@@ -63,9 +75,9 @@ def score_miners(
         receipt = collected.receipts.get(hotkey)
         result = checks.get(hotkey)
         bandwidth = None
-        if receipt is not None and plan is not None and outcome is not None:
+        if receipt is not None and seen:
             # Without a receipt here nothing of it could be checked here: its sending earns nothing.
-            bandwidth = measured(plan, outcome, hotkey)
+            bandwidth = measured(seen, hotkey)
         if bandwidth is None and result is not None and result.fault is not None:
             bandwidth = Bandwidth(size_bytes=0, seconds=0.0, in_time=False)  # shut out: the failed check decides
         facts[hotkey] = RoundFacts(

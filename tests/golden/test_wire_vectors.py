@@ -71,7 +71,20 @@ MESSAGES: list[tuple[Message, bytes]] = [
     ),
     (
         AllReduce(run_id=RUN_ID, round=7, attempt=1, plan=b"\x81", base_manifest=RUN_ID),
-        b"\x85\xa6run_id" + HEX64 + b"\xa5round\x07\xa7attempt\x01\xa4plan\xc4\x01\x81\xadbase_manifest" + HEX64,
+        b"\x87\xa6run_id"
+        + HEX64
+        + b"\xa5round\x07\xa7attempt\x01\xa4plan\xc4\x01\x81\xadbase_manifest"
+        + HEX64
+        + b"\xa4want\xa4mean\xaastate_hash\xa0",
+    ),
+    (
+        AllReduce(run_id=RUN_ID, round=7, attempt=2, plan=b"", base_manifest=RUN_ID, want="state", state_hash=RUN_ID),
+        b"\x87\xa6run_id"
+        + HEX64
+        + b"\xa5round\x07\xa7attempt\x02\xa4plan\xc4\x00\xadbase_manifest"
+        + HEX64
+        + b"\xa4want\xa5state\xaastate_hash"
+        + HEX64,
     ),
     (
         AllReduceReply(

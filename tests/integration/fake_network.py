@@ -4,8 +4,8 @@
 
 runs `up` on it. The chain process publishes an epoch every tenth of a second. SCENARIO: ``good``, or what goes
 wrong: ``lazy`` (miner-2 is in no group), ``split`` (miner-2 computes another state), ``unpaid`` (no weights),
-``flat`` (the loss stays), ``crash`` (miner-1 cannot run), ``sterile`` (no epoch is ever published), ``genesis``
-(genesis fails).
+``stingy`` (none by the validator), ``flat`` (the loss stays), ``crash`` (miner-1 cannot run), ``sterile`` (no epoch is
+ever published), ``genesis`` (genesis fails).
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ class FakeResults:
         path = self._folder / "weights.json"
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
+    def payers(self) -> set[str]:
+        return {"key-validator-1"} if self.weights() and self._scenario != "stingy" else set()
+
     def scores(self) -> dict[str, Score]:
         return {"key-miner-1": Score(gradient=1.0, steps=1.0, bandwidth=0.5, score=0.85)}
 
@@ -153,9 +156,9 @@ def options(folder: Path, **changes: object) -> UpOptions:
     return UpOptions(dir=folder, num_miners=2, **changes)
 
 
-def run_fake(scenario: str, chosen: UpOptions, *, terminal: bool = False) -> tuple[int, str]:
+def run_fake(scenario: str, chosen: UpOptions, *, terminal: bool = False, grace_s: float = 0.3) -> tuple[int, str]:
     """Run `up` in this process; its exit status and what it printed."""
-    up_module.HUB_POLL_S, up_module.REDRAW_S, up_module.GRACE_S = 0.05, 0.05, 0.3
+    up_module.HUB_POLL_S, up_module.REDRAW_S, up_module.GRACE_S = 0.05, 0.05, grace_s
     text = io.StringIO()
     console = Console(file=text, width=120, force_terminal=terminal)
     return up_module.run_up(chosen, console=console, make=make_fake(scenario)), text.getvalue()

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from hivetrain.hub.client import HubStore
+from hivetrain.manifest import Manifest
+from hivetrain.tracking.status import NeuronStatus, read_status
 from tests.hub_fixture import HubProcess, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -152,6 +155,95 @@ class PreparedRun:
                 start_new_session=True,
             )
         return NeuronProcess(process=process, output=output)
+
+
+ROUND_S = 150.0
+"""Longest wait for one round of the small recipe, on a machine that is busy with other things."""
+
+
+@dataclass
+class Up:
+    """A `hivetrain up` that runs, and the folder that it runs in."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    @property
+    def genesis(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "genesis.json").read_text()))
+
+    def hotkey(self, name: str) -> str:
+        return next(str(member["ss58"]) for member in self.genesis["wallets"] if member["name"] == name)
+
+    def status(self, name: str) -> NeuronStatus:
+        found = read_status(self.folder / "status" / f"{name}.json")
+        assert found is not None, f"{name} has no status"
+        return found
+
+    def store(self) -> HubStore:
+        return HubStore(endpoint=self.genesis["hub_endpoint"], repo=self.genesis["hub_repo"])
+
+    def manifests(self) -> list[Manifest]:
+        store = self.store()
+        refs = [store.resolve(epoch) for epoch in store.epochs()]
+        return [ref.manifest for ref in refs if ref is not None]
+
+    def wait_for_epoch(self, wanted: Callable[[Manifest], bool], what: str, timeout_s: float = ROUND_S) -> Manifest:
+        """Wait for a published epoch that is ``wanted``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            manifests = self.manifests()
+            for manifest in manifests:
+                if wanted(manifest):
+                    return manifest
+            shown = [(m.epoch, m.round, len(m.members)) for m in manifests]
+            assert self.process.poll() is None, f"`up` ended:\n{self.text}"
+            assert time.monotonic() < deadline, f"no epoch {what}; (epoch, round, members): {shown}\n{self.text}"
+            time.sleep(0.5)
+
+    def wait_for_text(self, words: str, timeout_s: float) -> None:
+        until(lambda: words in self.text or self.process.poll() is not None, f"{words!r} in:\n{self.text}", timeout_s)
+        assert words in self.text, self.text
+
+    def kill_in(self, name: str, is_time: Callable[[NeuronStatus], bool]) -> NeuronStatus:
+        """SIGKILL the neuron ``name`` as soon as its status says that it is time; the status of that moment."""
+        status = self.status(name)
+        deadline = time.monotonic() + ROUND_S
+        while not is_time(status):
+            assert time.monotonic() < deadline, f"{name} never came there: {status}"
+            time.sleep(0.02)
+            status = self.status(name)
+        os.kill(status.pid, signal.SIGKILL)
+        return status
+
+
+@contextlib.contextmanager
+def running_up(folder: Path, *arguments: str) -> Iterator[Up]:
+    """`hivetrain up --dir FOLDER ARGUMENTS`, killed at the end if it still runs."""
+    output = Path(tempfile.mkstemp(dir=folder.parent, suffix=".out")[1])
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "neurons.cli", "up", "--dir", str(folder), *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, **QUIET},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield Up(folder=folder, process=process, output=output)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def prepare_run(folder: Path, hub: HubProcess, recipe: str = SMALL_RECIPE, *, miners: int = 1) -> PreparedRun:

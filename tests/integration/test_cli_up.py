@@ -116,6 +116,7 @@ def test_fresh_starts_again_from_epoch_0(tmp_path: Path) -> None:
         ("lazy", "failed: epoch-000001 lacks miner-2 (key-miner-2) among its members"),
         ("split", "failed: miner-2 held another state than epoch-000001: bbbbbbbbbbbb, the manifest says aaaaaaaaaaaa"),
         ("unpaid", "failed: no weight on chain for miner-1 (key-miner-1)"),
+        ("stingy", "failed: validator-1 (key-validator-1) has set no weights"),
         ("flat", "failed: val loss had to fall by more than 0: 7.0000 -> 7.0000"),
     ],
 )
@@ -130,7 +131,7 @@ def test_what_did_not_hold_is_said_in_words_with_status_1(tmp_path: Path, scenar
 
 
 def test_a_loss_that_falls_too_little_fails(tmp_path: Path) -> None:
-    status, text = run_fake("good", options(tmp_path, num_epochs=1, min_loss_drop=5.0))
+    status, text = run_fake("good", options(tmp_path, num_epochs=1, min_loss_drop=5.0), grace_s=600.0)  # not waited for
     assert status == 1
     assert "failed: val loss had to fall by at least 5: 7.0000 -> 6.5000" in text
 

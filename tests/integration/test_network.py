@@ -5,7 +5,6 @@ Two networks in all, for each costs minutes. The tests of the second one share i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,112 +12,36 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from network_kit import QUIET, REPOSITORY, SMALL_RECIPE, alive, processes_of, until
+from network_kit import (
+    QUIET,
+    REPOSITORY,
+    ROUND_S,
+    SMALL_RECIPE,
+    Up,
+    alive,
+    processes_of,
+    read_lines,
+    running_up,
+    until,
+)
 from PIL import Image
 
 from hivetrain.hub.client import HubStore
-from hivetrain.manifest import Manifest, Ref
-from hivetrain.tracking.status import NeuronStatus, read_status
+from hivetrain.manifest import Ref
+from hivetrain.tracking.status import read_status
 from template.chain.client import Chain
 from template.chain.keys import verify
 from tests.browser import visit
 from tests.hub_fixture import HubProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-ROUND_S = 150.0
-"""Longest wait for one round of the small recipe, on a machine that is busy with other things."""
-
-
-@dataclass
-class Up:
-    """A `hivetrain up` that runs, and the folder that it runs in."""
-
-    folder: Path
-    process: subprocess.Popen[bytes]
-    output: Path
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text(errors="replace")
-
-    @property
-    def genesis(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "genesis.json").read_text()))
-
-    def hotkey(self, name: str) -> str:
-        return next(str(member["ss58"]) for member in self.genesis["wallets"] if member["name"] == name)
-
-    def status(self, name: str) -> NeuronStatus:
-        found = read_status(self.folder / "status" / f"{name}.json")
-        assert found is not None, f"{name} has no status"
-        return found
-
-    def store(self) -> HubStore:
-        return HubStore(endpoint=self.genesis["hub_endpoint"], repo=self.genesis["hub_repo"])
-
-    def manifests(self) -> list[Manifest]:
-        store = self.store()
-        refs = [store.resolve(epoch) for epoch in store.epochs()]
-        return [ref.manifest for ref in refs if ref is not None]
-
-    def wait_for_epoch(self, wanted: Callable[[Manifest], bool], what: str, timeout_s: float = ROUND_S) -> Manifest:
-        """Wait for a published epoch that is ``wanted``."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            manifests = self.manifests()
-            for manifest in manifests:
-                if wanted(manifest):
-                    return manifest
-            shown = [(m.epoch, m.round, len(m.members)) for m in manifests]
-            assert self.process.poll() is None, f"`up` ended:\n{self.text}"
-            assert time.monotonic() < deadline, f"no epoch {what}; (epoch, round, members): {shown}\n{self.text}"
-            time.sleep(0.5)
-
-    def wait_for_text(self, words: str, timeout_s: float) -> None:
-        until(lambda: words in self.text or self.process.poll() is not None, f"{words!r} in:\n{self.text}", timeout_s)
-        assert words in self.text, self.text
-
-    def kill_in(self, name: str, is_time: Callable[[NeuronStatus], bool]) -> NeuronStatus:
-        """SIGKILL the neuron ``name`` as soon as its status says that it is time; the status of that moment."""
-        status = self.status(name)
-        deadline = time.monotonic() + ROUND_S
-        while not is_time(status):
-            assert time.monotonic() < deadline, f"{name} never came there: {status}"
-            time.sleep(0.02)
-            status = self.status(name)
-        os.kill(status.pid, signal.SIGKILL)
-        return status
-
-
-@contextlib.contextmanager
-def running_up(folder: Path, *arguments: str) -> Iterator[Up]:
-    """`hivetrain up --dir FOLDER ARGUMENTS`, killed at the end if it still runs."""
-    output = Path(tempfile.mkstemp(dir=folder.parent, suffix=".out")[1])
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "neurons.cli", "up", "--dir", str(folder), *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, **QUIET},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield Up(folder=folder, process=process, output=output)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def hivetrain(*arguments: str) -> str:
@@ -140,10 +63,6 @@ def chain_weights(genesis: dict[str, Any]) -> dict[str, float]:
     with Chain(network="local", netuid=genesis["netuid"], chain_endpoint=genesis["chain_endpoint"]) as chain:
         neurons, rows = chain.metagraph().neurons, list(chain.weights().values())
     return {neuron.hotkey: rows[0].get(neuron.uid, 0.0) for neuron in neurons} if rows else {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_whole(store: HubStore, dest: Path) -> list[Ref]:

@@ -33,7 +33,7 @@ from template.handlers import Handlers
 from template.leader import leader_order
 from template.participant import Participation, make_reply, take_part
 from template.validator.collect import Collected, address_of, collect_receipts
-from template.validator.lead import Led, call_group, count_signatures, make_plan, make_synapse
+from template.validator.lead import Led, count_signatures, make_plan, make_synapse
 from template.validator.publish import check_gates, publish_epoch
 from template.validator.reward import round_weights, score_miners
 from template.validator.verify import draw
@@ -79,7 +79,10 @@ class Net:
     @property
     def anchors(self) -> dict[str, Anchor]:
         hotkeys = [miner.identity.hotkey for miner in self.miners] + [VALIDATOR.hotkey]
-        return {hotkey: Anchor(peer_id=peer) for hotkey, peer in zip(hotkeys, self.transports, strict=True)}
+        return {
+            hotkey: Anchor(peer_id=peer, maddrs=("/memory",))
+            for hotkey, peer in zip(hotkeys, self.transports, strict=True)
+        }
 
     def collect(self) -> Collected:
         return collect_receipts(
@@ -95,7 +98,7 @@ class Net:
         )
 
     def lead(self, collected: Collected, weights: dict[str, float]) -> Led:
-        """As `Validator.average_group` does it."""
+        """As `LeadingNeuron.lead` does it."""
         order = leader_order(BLOCK_HASH, {VALIDATOR.hotkey: 1000.0})
         plan = make_plan(
             parts=self.world.parts,
@@ -115,7 +118,7 @@ class Net:
             for miner in self.miners:
                 transport = self.transports[self.anchors[miner.identity.hotkey].peer_id]
                 stack.enter_context(model_thread(self.world, miner.identity, miner.board, self.wire.network, transport))
-            calls = self.wire.network.submit(call_group(self.wire.dendrite, others, synapse, 30.0))
+            calls = self.wire.network.submit(self.wire.dendrite.call_many(others, synapse, timeout_s=30.0))
             return count_signatures(plan, self.take_part(plan), calls.result(40.0), verify)
 
     def take_part(self, plan: GroupPlan) -> Participation:
@@ -186,8 +189,7 @@ def score(net: Net, collected: Collected, checks: dict[str, CheckResult | None],
         miners=[miner.identity.hotkey for miner in net.miners],
         collected=collected,
         checks=checks,
-        plan=led.plan,
-        outcome=led.done.outcome,
+        seen=[(led.plan, led.done.outcome)] if led.done.outcome is not None else [],
         average=net.average,
         round_number=ROUND,
         scoring=net.world.parts.recipe.scoring,
@@ -252,6 +254,7 @@ def test_who_comes_later_finds_the_epoch_by_its_anchor_and_loads_the_same_bits(n
             quorum=parts.recipe.gates.quorum,
             registered=lambda hotkey: True,
             base_epoch=parts.recipe.adapter.base_epoch,
+            why_no_publisher=lambda *_: None,
             verify=verify,
         )
 
@@ -304,7 +307,7 @@ def test_a_plan_that_has_us_at_another_peer_is_no_crash(net: Net) -> None:
         receipts=collected.receipts,
         weights=dict.fromkeys(collected.receipts, 1.0),
         sitting=[VALIDATOR.hotkey],
-        anchors={**net.anchors, VALIDATOR.hotkey: Anchor(peer_id="peer-of-yesterday")},
+        anchors={**net.anchors, VALIDATOR.hotkey: Anchor(peer_id="peer-of-yesterday", maddrs=("/memory",))},
         duration_s=20.0,
     )
     assert plan is not None

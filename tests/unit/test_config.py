@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hivetrain.errors import ConfigError
-from template.config import flag_names, logging_setup, parse_config, read_secrets, sources, values
+from template.config import flag_names, parse_config, read_secrets, sources, values
+from template.logs import logging_setup
 
 
 def test_the_flags_that_operators_know_are_there() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hivetrain.averaging.group import GroupPlan, Member, plan_to_dict
 from hivetrain.contribution import Contribution
 from hivetrain.errors import Fault, PeerFault
+from hivetrain.manifest import state_message
 from hivetrain.verification.receipt import check_opening, decode_snapshot, parse_receipt
 from hivetrain.workbench import make_layout
 from template.board import AllReduceTask, Board
@@ -268,7 +269,7 @@ def other_root(world: World, plan: GroupPlan) -> AllReduce:
         (with_synapse(run_id="ff" * 32), "another run: ffffffffffff"),
         (with_plan(run_id="ff" * 32), "another run"),
         (with_plan(round=ROUND + 1), f"round {ROUND + 1}, here {ROUND}"),
-        (with_synapse(round=ROUND + 1), f"plan is of round {ROUND}.0, the call of {ROUND + 1}.0"),
+        (with_synapse(round=ROUND + 1), f"round {ROUND + 1}, here {ROUND}"),
         (with_synapse(attempt=1), f"plan is of round {ROUND}.0, the call of {ROUND}.1"),
         (with_synapse(base_manifest="ff" * 32), "base ffffffffffff, here"),
         (other_layout, "layout"),
@@ -292,12 +293,12 @@ def test_a_sender_that_committed_to_nothing_is_refused(world: World, contributio
 
 
 def test_who_may_not_lead_is_refused(world: World, contribution: Contribution, board: Board) -> None:
-    def may_lead(hotkey: str, round_number: int, attempt: int) -> str | None:
-        assert (hotkey, round_number, attempt) == (VALIDATOR.hotkey, ROUND, 0)
+    def why_not(hotkey: str, round_number: int, attempt: int, want: str) -> str | None:
+        assert (hotkey, round_number, attempt, want) == (VALIDATOR.hotkey, ROUND, 0, "mean")
         return "attempt 0 is led by somebody else"
 
     synapse = synapse_of(world, make_plan(world, contribution))
-    assert refusal(world.handlers(ME, board, may_lead), board, synapse) == "attempt 0 is led by somebody else"
+    assert refusal(world.handlers(ME, board, why_not), board, synapse) == "attempt 0 is led by somebody else"
 
 
 def done(plan: GroupPlan) -> AllReduceReply:
@@ -422,7 +423,7 @@ def test_a_task_that_the_models_thread_gives_up_is_answered_as_not_accepted(
         return await call
 
     reply = asyncio.run(scene())
-    assert (reply.accepted, reply.detail) == (False, "the state that this round starts from has changed")
+    assert (reply.accepted, reply.detail) == (False, "the round has moved on")
 
 
 def test_a_models_thread_that_does_not_answer_is_not_waited_for_past_the_deadline(
@@ -446,3 +447,132 @@ def test_a_models_thread_that_does_not_answer_is_not_waited_for_past_the_deadlin
     reply = asyncio.run(scene())
     assert (reply.accepted, reply.completed) == (True, False)
     assert "did not answer in time" in reply.detail
+
+
+# -- attempts ------------------------------------------------------------------------------------------------
+
+STATE, OTHER_STATE = "aa" * 32, "bb" * 32
+
+
+def sign_synapse(world: World, attempt: int = 1, state: str = STATE, **changes: object) -> AllReduce:
+    """The call of a leader who holds ``state`` and asks for a signature."""
+    fields: dict[str, object] = {
+        "run_id": world.parts.run_id,
+        "round": ROUND,
+        "attempt": attempt,
+        "plan": b"",
+        "base_manifest": world.base.manifest_sha256,
+        "want": "state",
+        "state_hash": state,
+    }
+    return AllReduce.model_validate({**fields, **changes})
+
+
+def call(handlers: Handlers, synapse: AllReduce) -> AllReduceReply:
+    reply = asyncio.run(handlers.all_reduce(synapse, caller()))
+    reply.to_bytes()
+    return reply
+
+
+def test_a_member_signs_the_state_that_it_holds_for_the_leader_who_goes_on_with_it(
+    world: World, board: Board, handlers: Handlers
+) -> None:
+    assert board.sign_once(0, STATE)
+    reply = call(handlers, sign_synapse(world))
+    assert (reply.accepted, reply.completed, reply.attempt, reply.state_hash) == (True, True, 1, STATE)
+    message = state_message(world.parts.run_id, ROUND, 1, STATE)
+    assert verify(ME.hotkey, message, bytes.fromhex(reply.state_signature))
+    assert call(handlers, sign_synapse(world)).completed  # asked twice, for the same
+    assert board.mailbox.empty()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run_id": "ff" * 32}, "another run"),
+        ({"round": ROUND + 1}, f"round {ROUND + 1}, here {ROUND}"),
+        ({"base_manifest": "ff" * 32}, "base ffffffffffff, here"),
+        ({"state": OTHER_STATE}, "state bbbbbbbbbbbb is not held here"),
+        ({"state": ""}, "is not held here"),
+    ],
+)
+def test_nothing_else_is_signed(
+    world: World, board: Board, handlers: Handlers, changes: dict[str, object], says: str
+) -> None:
+    board.sign_once(0, STATE)
+    reply = call(handlers, sign_synapse(world, **changes))  # type: ignore[arg-type]
+    assert (reply.accepted, reply.completed, reply.state_signature) == (False, False, "")
+    assert says in reply.detail
+
+
+def test_a_member_that_holds_no_state_signs_none(world: World, handlers: Handlers) -> None:
+    assert "is not held here" in call(handlers, sign_synapse(world)).detail
+
+
+def test_one_state_is_signed_for_one_attempt(world: World, board: Board, handlers: Handlers) -> None:
+    board.sign_once(0, STATE)
+    board.sign_once(1, OTHER_STATE)
+    assert call(handlers, sign_synapse(world, attempt=1)).detail == "another state is signed for attempt 1"
+    assert call(handlers, sign_synapse(world, attempt=2)).completed
+    assert not call(handlers, sign_synapse(world, attempt=2, state=OTHER_STATE)).completed
+
+
+def test_who_may_not_lead_gets_no_signature(world: World, board: Board) -> None:
+    asked = []
+
+    def why_not(*claim: object) -> str | None:
+        asked.append(claim)
+        return "too early"
+
+    board.sign_once(0, STATE)
+    assert call(world.handlers(ME, board, why_not), sign_synapse(world)).detail == "too early"
+    assert asked == [(VALIDATOR.hotkey, ROUND, 1, "state")]
+    assert board.heard == -1
+
+
+def test_after_a_signature_for_a_higher_attempt_a_lower_one_is_over(
+    world: World, contribution: Contribution, board: Board, handlers: Handlers
+) -> None:
+    board.sign_once(0, STATE)
+    assert call(handlers, sign_synapse(world, attempt=2)).completed
+    late = dataclasses.replace(make_plan(world, contribution), attempt=1)
+    assert refusal(handlers, board, synapse_of(world, late)) == "attempt 1 is over: attempt 2 has begun here"
+    assert "attempt 2 has begun here" in call(handlers, sign_synapse(world, attempt=1)).detail
+
+
+def test_a_lower_attempt_than_the_one_that_has_begun_is_refused(
+    world: World, contribution: Contribution, board: Board, handlers: Handlers
+) -> None:
+    plan = make_plan(world, contribution)
+    board.begin_attempt(1)
+    assert refusal(handlers, board, synapse_of(world, plan)) == "attempt 0 is over: attempt 1 has begun here"
+
+
+def test_an_accepted_call_begins_its_attempt_and_a_refused_one_does_not(
+    world: World, contribution: Contribution, board: Board, handlers: Handlers
+) -> None:
+    plan = make_plan(world, contribution)
+    assert "this hotkey is not in the group" in refusal(handlers, board, without_me(world, plan))
+    assert (board.begun, board.heard) == (-1, 0)  # the leader lives, though we are not in its group
+
+    async def scene() -> None:
+        call = asyncio.create_task(handlers.all_reduce(synapse_of(world, plan), caller()))
+        task = await next_task(board)
+        assert board.begun == 0
+        task.reply.set_result(done(plan))
+        await call
+
+    asyncio.run(scene())
+
+
+def test_a_call_of_who_may_not_lead_is_no_sign_of_life(world: World, contribution: Contribution, board: Board) -> None:
+    handlers = world.handlers(ME, board, lambda *_: "not its turn")
+    refusal(handlers, board, synapse_of(world, make_plan(world, contribution)))
+    assert board.heard == -1
+
+
+def test_a_new_round_forgets_attempts_and_what_was_signed(board: Board) -> None:
+    board.begin_attempt(2)
+    board.sign_once(2, STATE)
+    board.begin_round(ROUND + 1, 1, "bb" * 32)
+    assert (board.heard, board.begun, board.newest_attempt, board.holds(STATE)) == (-1, -1, -1, False)

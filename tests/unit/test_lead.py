@@ -17,7 +17,7 @@ from template.dendrite import Failure, Reply
 from template.handlers import parse_plan
 from template.participant import Participation, make_reply
 from template.protocol import AllReduceReply
-from template.validator.lead import count_signatures, make_plan, make_synapse
+from template.validator.lead import count_signatures, left_undone, make_plan, make_state_synapse, make_synapse
 from tests.keys import TestIdentity, verify
 from tests.round_kit import ROUND, World, identity, shared_world
 
@@ -238,3 +238,70 @@ def test_who_left_a_part_undone_lately_sends_and_reduces_nothing(world: World, r
     assert member is not None
     assert (member.sends, member.reduces) == (True, False)
     assert tired not in {part.reducer.hotkey for part in made(plan).parts()}
+
+
+def test_parts_are_sized_by_what_was_measured(world: World, receipts: dict[str, Receipt]) -> None:
+    fast, slow, unknown = sorted(receipts)
+    plan = made(
+        make_plan(
+            parts=world.parts,
+            round_number=ROUND,
+            attempt=0,
+            receipts=receipts,
+            weights=dict.fromkeys(receipts, 16.0),
+            sitting=("leader",),
+            anchors=anchors_of(*receipts, "leader"),
+            duration_s=20.0,
+            shares={fast: 2.0, slow: 0.5, "leader": 1.5},
+        )
+    )
+    assert [member.share for member in plan.members] == [2.0, 0.5, 1.0, 1.5]
+    sizes = {part.reducer.hotkey: part.stop - part.start for part in plan.parts()}
+    assert sizes[fast] > sizes[unknown] > sizes[slow]
+
+
+def test_who_cannot_be_dialled_sends_and_reduces_nothing(world: World, receipts: dict[str, Receipt]) -> None:
+    hidden, *_ = sorted(receipts)
+    anchors = anchors_of(*receipts, "leader", "second")
+    anchors[hidden] = Anchor(peer_id="peer-behind-a-nat")
+    anchors["second"] = Anchor(peer_id="peer-of-a-shy-validator")
+    plan = made(plan_of(world, receipts, anchors=anchors))
+    assert [(m.hotkey, m.sends) for m in plan.members if not m.reduces] == [(hidden, True), ("second", False)]
+    assert plan_from_dict(plan_to_dict(plan)) == plan
+
+
+def test_where_nobody_can_be_dialled_there_is_no_group(world: World, receipts: dict[str, Receipt]) -> None:
+    anchors = {hotkey: Anchor(peer_id=f"peer-{hotkey}"[:64]) for hotkey in (*receipts, "leader")}
+    assert plan_of(world, receipts, anchors=anchors) is None
+
+
+def test_a_state_synapse_names_the_state_and_carries_no_plan(world: World, receipts: dict[str, Receipt]) -> None:
+    plan = dataclasses.replace(made(plan_of(world, receipts)), attempt=2)
+    synapse = make_state_synapse(plan, world.base.manifest_sha256, STATE)
+    assert (synapse.want, synapse.attempt, synapse.state_hash, synapse.plan) == ("state", 2, STATE, b"")
+    synapse.to_bytes()
+
+
+def test_who_left_its_part_undone_or_spoilt_it_is_named_and_who_sent_badly_is_not(
+    world: World, receipts: dict[str, Receipt]
+) -> None:
+    plan = made(plan_of(world, receipts))
+    missing, spoilt, sender = (part.reducer.hotkey for part in plan.parts()[:3])
+    faults = (
+        FaultRecord(hotkey=spoilt, fault=Fault.WRONG_AVERAGE, detail="two means", part=1),
+        FaultRecord(hotkey=sender, fault=Fault.LATE, detail="late", part=1),
+        FaultRecord(hotkey="", fault=Fault.IMPOSTOR, detail="peer x", part=-1),
+    )
+    outcome = AllReduceOutcome(
+        vectors={},
+        mean_sha256="",
+        complete=False,
+        missing_parts=(0,),
+        included={},
+        faults=faults,
+        links=(),
+        bytes_sent=0,
+        bytes_received=0,
+        seconds=1.0,
+    )
+    assert left_undone(plan, outcome) == {missing, spoilt}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from hivetrain.errors import ServiceError
-from template.network import NetworkThread
+from template.network import GaveUp, NetworkThread
 
 
 @pytest.fixture
@@ -40,6 +40,30 @@ def test_work_that_takes_too_long_is_cancelled_and_a_service_error(network: Netw
     with pytest.raises(ServiceError, match=r"longer than 0\.1 s"):
         network.run(slow(), 0.1)
     assert cancelled.wait(5)
+
+
+def test_work_that_its_caller_gives_up_has_ended_when_the_caller_goes_on(network: NetworkThread) -> None:
+    asked, ended = [], []
+
+    async def endless() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    def give_up() -> bool:
+        asked.append(True)
+        return len(asked) >= 2
+
+    with pytest.raises(GaveUp):
+        network.run(endless(), 60, give_up)
+    assert (len(asked), ended) == (2, [True])
+    assert network.run(where(), 5) == "network"
+
+
+def test_work_that_is_done_is_not_given_up(network: NetworkThread) -> None:
+    assert network.run(where(), 5, lambda: True) == "network"
 
 
 def test_an_error_of_the_work_itself_comes_back(network: NetworkThread) -> None:

@@ -11,6 +11,7 @@ from hivetrain.run import Schedule
 from template.anchor import MAX_MADDR_CHARS, Anchor
 from template.chain.client import ChainCommitment, Metagraph, NeuronInfo
 from template.config import Secrets, parse_config
+from template.leader import Leaders, leader_order
 from template.neuron import Neuron
 from template.node import announced_maddrs
 
@@ -44,6 +45,9 @@ class FakeChain:
 
     def commitments(self) -> dict[str, ChainCommitment]:
         return {hotkey: ChainCommitment(block=1, data=anchor.to_bytes()) for hotkey, anchor in self._anchors.items()}
+
+    def block_hash(self, block: int) -> str:
+        return f"0x{block:064x}"
 
 
 class FakeIdentity:
@@ -93,24 +97,14 @@ def test_a_uid_that_changes_hands_in_mid_round_shifts_nobodys_rank(tmp_path: Pat
     assert after == {hotkey: rank for hotkey, rank in before.items() if hotkey != "hotkey-1"}
 
 
-@pytest.mark.parametrize(
-    ("hotkey", "attempt", "block", "says"),
-    [
-        ("leader", 0, 10, None),
-        ("leader", 0, 9, None),  # one block of grace
-        ("leader", 0, 8, "not in ALL_REDUCE"),
-        ("leader", 0, 14, "not in ALL_REDUCE"),
-        ("leader", 1, 10, "nobody takes over"),
-        ("second", 1, 10, "nobody takes over"),
-        ("second", 0, 10, "led by leader"),
-    ],
-)
-def test_only_the_drawn_leader_is_heard_and_only_in_all_reduce(
-    tmp_path: Path, hotkey: str, attempt: int, block: int, says: str | None
-) -> None:
-    made = neuron(tmp_path, [])
-    made._last_leader = (0, ["leader", "second"])
-    made.blocks.block = block  # type: ignore[misc]
-    why = made._may_lead(hotkey, 0, attempt)
-    assert (why is None) if says is None else (why is not None and says in why)
-    assert "no leader yet" in (made._may_lead("leader", 1, 0) or "")
+def test_the_order_of_a_round_is_drawn_once_from_the_first_block_of_its_verify(tmp_path: Path) -> None:
+    made = neuron(tmp_path, [neuron_info(uid, permit=uid < 3) for uid in range(5)])
+    made.leaders = Leaders(SCHEDULE)
+    order = made.leader_order(2)
+    assert order == tuple(leader_order("0x" + f"{2 * SCHEDULE.round_blocks + 7:064x}", dict.fromkeys(order, 1.0)))
+    assert set(order) == {"hotkey-0", "hotkey-1", "hotkey-2"}
+    made.metagraph = Metagraph(netuid=1, block=40, neurons=())  # stakes that change later change nothing
+    assert made.leader_order(2) == order
+    assert "led by" in (made._why_not_leader(order[1], 2, 0, "mean") or "")
+    made.blocks.block = 2 * SCHEDULE.round_blocks + 10  # type: ignore[misc]
+    assert made._why_not_leader(order[0], 2, 0, "mean") is None

@@ -196,6 +196,7 @@ def why(world: World, manifest: Manifest, gone: Collection[str] = ()) -> str | N
         quorum=world.parts.recipe.gates.quorum,
         registered=lambda hotkey: hotkey not in gone,
         base_epoch=world.parts.recipe.adapter.base_epoch,
+        why_no_publisher=lambda hotkey, *_: None if hotkey == VALIDATOR.hotkey else f"not led by {hotkey}",
         verify=verify,
     )
 
@@ -270,6 +271,17 @@ def test_another_run_is_refused(world: World, manifest: Manifest) -> None:
 
 def test_another_schema_is_refused(world: World, manifest: Manifest) -> None:
     assert str(why(world, resigned(manifest, schema_hash="ff" * 32))).startswith("schema ffffffffffff, ours is")
+
+
+def test_who_was_not_to_lead_that_attempt_is_refused_though_everybody_signed(world: World, manifest: Manifest) -> None:
+    usurper = identity("validator-2")
+    assert why(world, resigned(manifest, usurper)) == f"not led by {usurper.hotkey}"
+
+
+def test_without_the_leaders_or_the_members_signatures_a_manifest_is_refused(world: World, manifest: Manifest) -> None:
+    assert why(world, manifest) is None
+    assert "not signed by its leader" in str(why(world, manifest.model_copy(update={"leader_signature": ""})))
+    assert "hold 0 of 300" in str(why(world, resigned(manifest, signatures={})))
 
 
 def test_too_few_member_signatures_are_refused(world: World, manifest: Manifest) -> None:

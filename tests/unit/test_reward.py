@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hivetrain.averaging.butterfly import AllReduceOutcome, LinkStats
+from hivetrain.averaging.butterfly import AllReduceOutcome, FaultRecord, LinkStats
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.errors import Fault
@@ -100,16 +101,16 @@ def scores_of(
     miners: tuple[str, ...] = ("a", "b"),
     sat: tuple[str, ...] | None = ("a", "b"),
     outcome: AllReduceOutcome | None = None,
+    before: AllReduceOutcome | None = None,
 ) -> dict[str, Score | Unscored]:
-    """With ``sat`` None no all-reduce took place here."""
+    """With ``sat`` None no all-reduce took place here; ``before`` is what an attempt before it gave."""
     if sat is not None and outcome is None:
         outcome = outcome_of(dict.fromkeys(sat, 1000))
     return score_miners(
         miners=miners,
         collected=found,
         checks=checks or {},
-        plan=None if sat is None else plan_of(*sat),
-        outcome=outcome,
+        seen=[(plan_of(*sat), one) for one in (before, outcome) if one is not None] if sat is not None else [],
         average=average,
         round_number=ROUND,
         scoring=SCORING,
@@ -150,8 +151,7 @@ def test_an_all_reduce_that_could_not_run_here_leaves_workers_unscored(average: 
         miners=("a",),
         collected=collected("a"),
         checks={},
-        plan=plan_of("a"),
-        outcome=None,
+        seen=[],
         average=average,
         round_number=ROUND,
         scoring=SCORING,
@@ -182,10 +182,60 @@ def test_a_sender_that_is_only_partly_in_the_mean_was_late(average: MovingAverag
 
 
 def test_what_we_measured_is_our_own_link_and_nothing_that_anybody_says() -> None:
-    outcome = outcome_of({"a": 5_000_000})
-    assert measured(plan_of("a", "b"), outcome, "a").size_bytes == 5_000_000
-    absent = measured(plan_of("a", "b"), outcome, "b")
+    seen = [(plan_of("a", "b"), outcome_of({"a": 5_000_000}))]
+    found = measured(seen, "a")
+    assert found is not None
+    assert (found.size_bytes, found.in_time) == (5_000_000, True)
+    absent = measured(seen, "b")
+    assert absent is not None
     assert (absent.size_bytes, absent.in_time) == (0, False)
+
+
+def fault_of(hotkey: str, kind: Fault = Fault.ABSENT) -> FaultRecord:
+    return FaultRecord(hotkey=hotkey, fault=kind, detail="nobody holds the mean of part 1", part=1)
+
+
+def test_whom_we_saw_at_fault_earns_no_bandwidth_though_it_sent_everything(average: MovingAverage) -> None:
+    outcome = dataclasses.replace(outcome_of({"a": 1000, "b": 1000}), faults=(fault_of("a"), fault_of("")))
+    found = scores_of(average, collected("a", "b"), outcome=outcome)
+    assert score(found, "a").reasons["bandwidth"] == (
+        "at fault in the all-reduce: absent: nobody holds the mean of part 1"
+    )
+    assert [score(found, hotkey).score for hotkey in "ab"] == [pytest.approx(SCORING.steps_weight), 1.0]
+
+
+def test_a_fault_in_an_attempt_that_failed_counts_though_the_next_one_went_well(average: MovingAverage) -> None:
+    failed = dataclasses.replace(
+        outcome_of({"a": 1000, "b": 1000}), complete=False, missing_parts=(1,), faults=(fault_of("b"),)
+    )
+    found = scores_of(average, collected("a", "b"), outcome=outcome_of({"a": 1000, "b": 1000}), before=failed)
+    assert [score(found, hotkey).bandwidth for hotkey in "ab"] == [1.0, 0.0]
+
+
+def test_the_attempt_that_gave_a_whole_mean_is_the_one_that_is_measured() -> None:
+    whole = outcome_of({"a": 1000})
+    broken = dataclasses.replace(outcome_of({"a": 7}, included={"a": 0.1}), complete=False)
+    plan = plan_of("a")
+    for seen in ([(plan, broken), (plan, whole)], [(plan, whole), (plan, broken)]):
+        found = measured(seen, "a")
+        assert found is not None
+        assert (found.size_bytes, found.in_time) == (1000, True)
+
+
+def test_one_reducers_word_that_a_sender_was_late_costs_it_nothing(average: MovingAverage) -> None:
+    outcome = outcome_of({"a": 1000, "b": 1000}, included={"a": 0.75, "b": 1.0})
+    assert score(scores_of(average, collected("a", "b"), outcome=outcome), "a").bandwidth == 1.0
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        outcome_of({"a": 0, "b": 1000}),  # it is in the mean, but we reduced nothing, or had stopped
+        outcome_of({"a": 0, "b": 0}, included={"a": 0.0, "b": 0.0}),  # no mean came here at all
+    ],
+)
+def test_what_our_own_side_did_not_see_costs_nobody(average: MovingAverage, outcome: AllReduceOutcome) -> None:
+    assert isinstance(scores_of(average, collected("a", "b"), outcome=outcome)["a"], Unscored)
 
 
 def test_in_cooldown_nothing_is_paid(average: MovingAverage) -> None:
