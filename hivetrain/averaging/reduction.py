@@ -69,6 +69,7 @@ class Reduction:
         self._patience_s = min(RECONNECT_GRACE_S, state.plan.patience_s) if rank else state.plan.patience_s
         self._deadline = self._vectors_until()
         self._arrived = Signal()
+        self.ended = asyncio.Event()
         self.mean = Mean(state.plan, state.store, part, rank)
         members = [m for m in state.plan.members if m.sends]
         self._senders = {m.hotkey: Sender(m, Status.AWAITED if m.hotkey in expected else Status.OUT) for m in members}
@@ -85,6 +86,17 @@ class Reduction:
         Raises:
             GaveUp: nobody's vector is in.
         """
+        try:
+            return await self._run()
+        finally:
+            self.ended.set()
+
+    @property
+    def present(self) -> set[str]:
+        """Hotkeys of the senders that are not given up."""
+        return {hotkey for hotkey, sender in self._senders.items() if sender.status is not Status.OUT}
+
+    async def _run(self) -> Mean:
         state, seed = self._state, rounding_seed(self._state.group_id)
         for index, (start, stop) in enumerate(self.mean.batches):
             await self._gather(index)
