@@ -93,7 +93,7 @@ class Opener:
             return mean
         expected = {member.hotkey for member in state.plan.members} - state.banned
         if rank:
-            held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + state.plan.patience_s)
+            held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + state.plan.patience_s / 2)
             if held is not None:
                 return held
             expected = (deniers | holding.parked | {state.me.hotkey}) - state.banned
@@ -146,8 +146,9 @@ class Opener:
 
         sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
         try:
-            # A reducer may be waiting for a sender, itself with patience.
-            async with state.clock.patience(2 * state.plan.patience_s, until) as patience:
+            # A reducer waits with patience itself: for a sender, and before that, past rank 0, for who holds the part.
+            times = 3 if rank else 2
+            async with state.clock.patience(times * state.plan.patience_s, until) as patience:
                 link = state.link(reducer)
                 result = await receive_mean(stream, mean, link, patience, state.clock.now, in_it)
         except Refused as refused:

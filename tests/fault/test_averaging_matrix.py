@@ -1,4 +1,4 @@
-"""Every fault of `averaging_attacks`, by codec and group size: what the honest hold, whom they blame, how long it takes."""
+"""Every fault of `averaging_attacks`: what the honest hold, whom they blame, and how long it takes."""
 
 from __future__ import annotations
 
