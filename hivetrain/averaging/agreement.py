@@ -26,7 +26,7 @@ from hivetrain.errors import Fault
 
 logger = logging.getLogger(__name__)
 
-LINGER_S = 1.5  # for whoever has not got everything: so long we can still be asked
+LINGER_S = 3.0  # for whoever has not got everything: so long we can still be asked
 
 
 class Agreement:

@@ -63,6 +63,31 @@ class Fetcher:
                 return None, {member.hotkey for member, reply in said if reply.status == "none"}
             await asyncio.sleep(POLL_S)
 
+    async def require_vouched(self, holding: Holding, mean: Mean) -> None:
+        """Give up a mean that leaves us out, unless somebody beside its reducer holds it.
+
+        We may have been late, and then others hold it. If it leaves out everyone, nobody will.
+
+        Raises:
+            GaveUp: nobody does.
+        """
+        state, clock, part = self._state, self._state.clock, holding.part
+        assert mean.rank is not None
+        reducer, until = state.plan.reducer(part.index, mean.rank), clock.now() + state.plan.patience_s / 2
+        asked = [member for member in state.others if member != reducer]
+        holding.doubted = True
+        try:
+            while asked:
+                replies = await asyncio.gather(*(self._status(member, part, mean.rank + 1) for member in asked))
+                said = [reply for reply in replies if reply is not None]
+                if any(reply.status == "have" and reply.rank == mean.rank for reply in said):
+                    return
+                if clock.now() >= until or not any(reply.status == "pending" for reply in said):
+                    raise GaveUp("it leaves us out, and nobody else holds its mean", Fault.ABSENT)
+                await asyncio.sleep(POLL_S)
+        finally:
+            holding.doubted = False
+
     async def _status(self, member: Member, part: Part, rank: int) -> FetchReply | None:
         try:
             return await self._peers.status(member, part, rank)

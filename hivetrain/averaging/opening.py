@@ -16,7 +16,7 @@ from hivetrain.averaging.auditing import audit
 from hivetrain.averaging.fetching import Fetcher, require_fair
 from hivetrain.averaging.group import Member, Part
 from hivetrain.averaging.means import Mean, Refused, receive_mean
-from hivetrain.averaging.messages import Batch, Contribution, MeanBatch
+from hivetrain.averaging.messages import Batch, Contribution
 from hivetrain.averaging.peers import Peers
 from hivetrain.averaging.reduction import Reduction
 from hivetrain.averaging.results import unpack_mask
@@ -77,6 +77,12 @@ class Opener:
     def _is_void(self, mean: Mean) -> bool:
         return mean.result is not None and self._signed.is_void(mean.result)
 
+    def _includes_us(self, mean: Mean) -> bool:
+        members = self._state.plan.members
+        us = members.index(self._state.member)
+        runs = mean.result.masks if mean.result is not None else []
+        return not self._state.member.sends or all(unpack_mask(run.included, len(members))[us] for run in runs)
+
     async def _attempt(self, holding: Holding, rank: int) -> Mean:
         """The mean through the reducer of that rank.
 
@@ -88,6 +94,8 @@ class Opener:
         reducer = state.plan.reducer(part.index, rank)
         if reducer.hotkey != state.me.hotkey:
             mean = await self._bring(part, rank, reducer, until)
+            if mean.rank == rank and not self._includes_us(mean):
+                await self._fetcher.require_vouched(holding, mean)
             await require_fair(state, mean)
             await audit(state, self._signed, self._peers, mean, first_hand=mean.rank == rank)
             return mean
@@ -139,18 +147,13 @@ class Opener:
     async def _exchange(self, stream: Stream, mean: Mean, rank: int, reducer: Member, until: float) -> Mean:
         state = self._state
 
-        def in_it(header: MeanBatch) -> None:
-            included = unpack_mask(header.included, len(state.plan.members))
-            if header.rank == rank and state.member.sends and not included[state.plan.members.index(state.member)]:
-                raise GaveUp("it leaves us out", Fault.ABSENT)
-
         sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
         try:
             # A reducer waits with patience itself: for a sender, and before that, past rank 0, for who holds the part.
             times = 3 if rank else 2
             async with state.clock.patience(times * state.plan.patience_s, until) as patience:
                 link = state.link(reducer)
-                result = await receive_mean(stream, mean, link, patience, state.clock.now, in_it)
+                result = await receive_mean(stream, mean, link, patience, state.clock.now)
         except Refused as refused:
             raise GaveUp(f"it refused us: {refused}", Fault.ABSENT) from refused
         except TimeoutError as exc:

@@ -49,7 +49,7 @@ class Sender:
         self.delivered = 0  # batches, those already averaged included
         self.lost_at: float | None = None  # by `Clock.awake`
         self.size_bytes, self.seconds = 0, 0.0  # read, and waited for
-        self.refusal: PeerFault | None = None
+        self.refusal: PeerFault | None = None  # why it gets nothing from us; who is only late gets the mean
 
 
 class Reduction:
@@ -152,7 +152,8 @@ class Reduction:
     def _put_out(self, sender: Sender, fault: PeerFault) -> None:
         if sender.status is Status.OUT:
             return
-        sender.status, sender.refusal = Status.OUT, fault
+        sender.status = Status.OUT
+        sender.refusal = None if fault.fault in (Fault.LATE, Fault.ABSENT) else fault
         sender.inbox.clear()
         self._state.blame(sender.member.hotkey, fault.fault, fault.detail, self._part.index)
         self._arrived.notify()
@@ -162,7 +163,7 @@ class Reduction:
         """Disregard a sender from here on."""
         sender = self._senders.get(hotkey)
         if sender is not None and sender.status is not Status.OUT:
-            sender.status, sender.refusal = Status.OUT, PeerFault(Fault.LATE, "banned for this round")
+            sender.status = Status.OUT
             sender.inbox.clear()
             self._arrived.notify()
             self.mean.grown.notify()
@@ -183,15 +184,18 @@ class Reduction:
     # Reading
 
     def admit(self, member: Member, first: int) -> Sender | None:
-        """Let a sender begin, or come back after its link broke, from batch ``first`` on. None: nothing is missing.
+        """Let a sender begin, or come back after its link broke, from batch ``first`` on.
+
+        Returns:
+            None where nothing is missing, or it comes too late: it only gets the mean.
 
         Raises:
-            PeerFault: not now, or not any more.
+            PeerFault: we do not serve it.
         """
         sender = self._senders[member.hotkey]
-        if sender.status is Status.OUT:
-            raise sender.refusal or PeerFault(Fault.LATE, "its turn is over")
-        if sender.status is Status.IN:
+        if sender.refusal is not None:
+            raise sender.refusal
+        if sender.status in (Status.IN, Status.OUT):
             return None
         if sender.status is Status.SENDING:
             raise PeerFault(Fault.LATE, "another stream of it is being read")

@@ -11,7 +11,7 @@ from hivetrain.averaging.codecs import CODEC_NAMES
 from hivetrain.averaging.group import GroupPlan
 
 CODECS = [name for name in ("fp32", "int4") if name in CODEC_NAMES]
-COST_S = {"nothing": 3.0, "stall": 12.0, "deadline": 60.0}
+COST_S = {"nothing": 4.0, "stall": 12.0, "deadline": 60.0}
 
 
 @pytest.fixture(autouse=True)
