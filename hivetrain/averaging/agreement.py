@@ -70,7 +70,9 @@ class Agreement:
         """Tell one member what we hold, and again whenever that has changed, once nothing is on its way."""
         state, hotkey = self._state, member.hotkey
         while True:
-            while hotkey in state.banned or not state.all_settled or self._told.get(hotkey) == state.version:
+            while (
+                not state.all_settled or hotkey in state.banned | self._gone or self._told.get(hotkey) == state.version
+            ):
                 await state.changed.wait()
             version = state.version
             try:
@@ -79,7 +81,7 @@ class Agreement:
                 logger.info("%s does not say what it holds: %s", hotkey, exc)
                 self._gone.add(hotkey)
                 state.changed.notify()
-                return
+                continue
             self._told[hotkey] = version
             self._note(member, theirs)
 

@@ -60,12 +60,12 @@ class Peers:
         """What ``talk`` returns on our stream to ``peer``.
 
         Raises:
-            Unanswered: banned, silent, not reachable, or at fault, which is recorded.
+            Unanswered: silent, not reachable, or at fault, which is recorded.
             ServiceError: our own side does not work.
         """
         state, hotkey = self._state, peer.hotkey
         async with self._turns[hotkey]:
-            if hotkey in state.banned or hotkey in self.silent:
+            if hotkey in self.silent:
                 raise Unanswered(hotkey)
             timeout_s = min(ASK_TIMEOUT_S, state.plan.patience_s)
             until = state.clock.deadline
@@ -119,7 +119,7 @@ class Peers:
                     await stream.send(Fetch(part=part.index, rank=rank, take=True).to_bytes())
                     if (await receive(stream, FetchReply)).status != "have":
                         raise GaveUp("it has it no more", None)
-                    result = await receive_mean(stream, mean, state.link(peer), patience, state.clock.now)
+                    result = await receive_mean(stream, mean, state.link(peer), patience.feed, state.clock.now)
                 finally:
                     await state.disconnect(stream)
         except (TimeoutError, LinkLost, Refused) as exc:
