@@ -7,6 +7,7 @@ for it. `MemoryHub` connects transports; a `LinkScript` on a direction of a pair
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import selectors
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -152,12 +153,18 @@ class MemoryStream:
         if script.stall_after is not None and index >= script.stall_after:
             return
         sent = script.rewrite(index, bytes(frame)) if script.rewrite else bytes(frame)
-        await _unless(self._out.frames.put(sent), self._out.broken)
+        if self._out.frames.full():
+            await _unless(self._out.frames.put(sent), self._out.broken)
+        else:
+            self._out.frames.put_nowait(sent)
 
     async def receive(self, max_bytes: int) -> bytes:
-        if self._in.frames.empty() and (self._in.broken.is_set() or self._in.finished.is_set()):
+        if not self._in.frames.empty():
+            frame = self._in.frames.get_nowait()
+        elif self._in.broken.is_set() or self._in.finished.is_set():
             raise LinkLost("the stream ended")
-        frame = await _unless(self._in.frames.get(), self._in.broken, self._in.finished)
+        else:
+            frame = await _unless(self._in.frames.get(), self._in.broken, self._in.finished)
         if len(frame) > max_bytes:
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, got {len(frame)}")
         return frame
@@ -184,6 +191,7 @@ class MemoryTransport:
         self._hub = hub
         self._peer_id = peer_id
         self._acceptor: Acceptor | None = None
+        self._context = contextvars.copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: list[MemoryStream] = []
         self.alive = False
@@ -196,6 +204,7 @@ class MemoryTransport:
         if acceptor is not None and self._acceptor is not None:
             raise ValueError("this transport already has an acceptor")
         self._acceptor = acceptor
+        self._context = contextvars.copy_context()  # as in a process of its own, not in the opener's
 
     async def start(self) -> None:
         self._hub.attach(self)
@@ -216,7 +225,7 @@ class MemoryTransport:
     def accept(self, stream: MemoryStream) -> None:
         """Answer a stream that a peer opened."""
         self._streams.append(stream)
-        task = asyncio.ensure_future(self._answer(stream))
+        task = asyncio.get_running_loop().create_task(self._answer(stream), context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
