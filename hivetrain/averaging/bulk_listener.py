@@ -15,6 +15,8 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from hivetrain.averaging.bulk import READY_BYTES, TOKEN_BYTES, SessionKeys
 
@@ -63,7 +65,7 @@ class BulkListener:
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._arrivals: dict[bytes, Arrival] = {}
-        self._strangers: dict[asyncio.Task[None], str] = {}  # in the order in which they came
+        self._strangers: dict[asyncio.Task[bool], str] = {}  # in the order in which they came
 
     @property
     def bound(self) -> list[Endpoint]:
@@ -93,7 +95,7 @@ class BulkListener:
 
     async def close(self) -> None:
         """Stop, and close every connection that was not handed over. May be called twice."""
-        tasks = [*self._accepting, *self._strangers]
+        tasks: list[asyncio.Task[Any]] = [*self._accepting, *self._strangers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,10 +138,12 @@ class BulkListener:
                 self._drop_a_stranger()
             task = asyncio.create_task(self._admit(sock))
             self._strangers[task] = _endpoint(address)[0]
-            task.add_done_callback(self._forget)
+            task.add_done_callback(partial(self._part_from, sock))
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _part_from(self, sock: socket.socket, task: asyncio.Task[bool]) -> None:
         self._strangers.pop(task, None)
+        if task.cancelled() or not task.result():  # a task that is cancelled before it runs could not close it itself
+            sock.close()
 
     def _drop_a_stranger(self) -> None:
         busiest, _ = Counter(self._strangers.values()).most_common(1)[0]
@@ -147,17 +151,14 @@ class BulkListener:
         del self._strangers[oldest]
         oldest.cancel()
 
-    async def _admit(self, sock: socket.socket) -> None:
-        admitted = False
+    async def _admit(self, sock: socket.socket) -> bool:
+        """Whether the connection was handed over."""
         try:
             async with asyncio.timeout(TOKEN_TIMEOUT_S):
-                greeting = await read_exactly(sock, len(MAGIC) + TOKEN_BYTES)
-            admitted = self._take(sock, greeting)
+                return self._take(sock, await read_exactly(sock, len(MAGIC) + TOKEN_BYTES))
         except (TimeoutError, OSError) as exc:
             logger.debug("a bulk connection presented no token: %r", exc)
-        finally:
-            if not admitted:
-                sock.close()
+            return False
 
     def _take(self, sock: socket.socket, greeting: bytes) -> bool:
         token = greeting[len(MAGIC) :]

@@ -204,7 +204,11 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("name", PAIRS)
+SLOW = {"swarm over libp2p", "swarm that dials back"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAIRS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_transport_keeps_its_contract(name: str) -> None:
     async def main() -> None:
         async with PAIRS[name]() as (here, there, maddrs):
