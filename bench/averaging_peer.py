@@ -2,9 +2,9 @@
 
     python -m bench.averaging_peer ours|hivemind|gloo INDEX NUM_PEERS
 
-Commands come on stdin, one answer each goes to stdout: ``join`` (find the others), ``prepare`` (a vector of so many
-elements), ``meet`` (everything up to the first byte of the vector: the group's plan, hivemind's matchmaking), ``go``
-(the all-reduce, timed), ``leave``. Peer i brings ``base * (i + 1)``, so everyone can tell whether the mean is right.
+Commands come on stdin, one answer each goes to stdout: ``join`` (find the others), ``prepare`` (vectors of so many
+elements and that codec), ``meet`` (everything up to the vectors' first byte: the group's plan, hivemind's matchmaking),
+``go`` (the all-reduce, timed), ``leave``. Peer i brings ``base * (i + 1)``, so everyone can tell if a mean is right.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ SEND_DEADLINE_S, DEADLINE_S = 60.0, 120.0
 RSS_TICK_S = 0.005
 BASE_PERIOD = 1 << 16
 Reply = dict[str, Any]
+Vectors = dict[str, torch.Tensor]
+Spec = tuple[str, int, str]
+"""A vector's name, its number of elements, and its codec."""
 
 
 def base_vector(num_elements: int) -> torch.Tensor:
@@ -34,19 +37,22 @@ def base_vector(num_elements: int) -> torch.Tensor:
     return period.repeat(-(-num_elements // BASE_PERIOD))[:num_elements].contiguous()
 
 
-def relative_error(mean: torch.Tensor, num_peers: int) -> float:
+def relative_error(means: Vectors, num_peers: int) -> float:
     """Largest deviation from the mean of 1, 2, ... times the base vector, checked on every 7th value."""
-    expected = base_vector(mean.numel())[::7].double() * ((num_peers + 1) / 2)
-    return float(((mean[::7].double() - expected).abs().max() / expected.abs().max()).item())
+    worst = 0.0
+    for mean in means.values():
+        expected = base_vector(mean.numel())[::7].double() * ((num_peers + 1) / 2)
+        worst = max(worst, float(((mean[::7].double() - expected).abs().max() / expected.abs().max()).item()))
+    return worst
 
 
 class Peer(Protocol):
     """One way to all-reduce. Each method answers with what its peers need to know."""
 
-    async def join(self, first: Reply | None) -> Reply: ...
-    async def prepare(self, num_elements: int) -> Reply: ...
+    async def join(self, first: Reply | None, swarm: Reply) -> Reply: ...
+    async def prepare(self, specs: list[Spec]) -> Reply: ...
     async def meet(self, group: list[Reply]) -> Reply: ...
-    async def go(self) -> torch.Tensor: ...
+    async def go(self) -> Vectors: ...
     async def leave(self) -> Reply: ...
 
 
@@ -59,20 +65,22 @@ class OurPeer:
         self._index, self._bulk = index, bulk
         self._key = TestIdentity(index + 1)
 
-    async def join(self, first: Reply | None) -> Reply:
+    async def join(self, first: Reply | None, swarm: Reply) -> Reply:
         from hivetrain.averaging.swarm import Swarm
 
-        self._swarm = Swarm(first["maddrs"] if first else [], ["/ip4/127.0.0.1/tcp/0"], bulk=self._bulk)
+        options: Reply = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "bulk": self._bulk} | swarm
+        self._swarm = Swarm(first["maddrs"] if first else [], **options)
         await self._swarm.start()
         return {"maddrs": self._swarm.visible_maddrs()}
 
-    async def prepare(self, num_elements: int) -> Reply:
+    async def prepare(self, specs: list[Spec]) -> Reply:
         from hivetrain.averaging.layout import PayloadLayout, Section
         from hivetrain.verification.merkle import MerkleTree
 
-        self._layout = PayloadLayout([Section(name="delta", num_elements=num_elements, codec="fp32")])
+        self._layout = PayloadLayout([Section(name=name, num_elements=n, codec=codec) for name, n, codec in specs])
         self._payload: bytes | None = None
-        self._payload = self._layout.encode({"delta": base_vector(num_elements) * (self._index + 1)}, seed=0)
+        vectors = {name: base_vector(n) * (self._index + 1) for name, n, _ in specs}
+        self._payload = self._layout.encode(vectors, seed=0)
         root = MerkleTree(self._layout.chunk_digests(self._payload)).root.hex()
         peer_id, maddrs = self._swarm.peer_id, self._swarm.visible_maddrs()
         return {"hotkey": self._key.hotkey, "peer_id": peer_id, "maddrs": maddrs, "root": root}
@@ -103,14 +111,14 @@ class OurPeer:
         )
         return {}
 
-    async def go(self) -> torch.Tensor:
+    async def go(self) -> Vectors:
         from hivetrain.averaging.butterfly import all_reduce
         from tests.keys import verify
 
         outcome = await all_reduce(self._plan, self._key, self._payload, self._swarm, verify)
         if not outcome.complete or outcome.faults:
             raise RuntimeError(f"missing {outcome.missing_parts}, faults {outcome.faults}")
-        return outcome.vectors["delta"]
+        return outcome.vectors
 
     async def leave(self) -> Reply:
         await self._swarm.close()
@@ -124,25 +132,26 @@ class HivemindPeer:
         self._index, self._num_peers, self._rounds = index, num_peers, 0
         self._averager: Any = None
 
-    async def join(self, first: Reply | None) -> Reply:
+    async def join(self, first: Reply | None, swarm: Reply) -> Reply:
         import hivemind
 
         self._dht = hivemind.DHT(first["maddrs"] if first else [], start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
         return {"maddrs": [str(maddr) for maddr in self._dht.get_visible_maddrs()]}
 
-    async def prepare(self, num_elements: int) -> Reply:
-        import hivemind
+    async def prepare(self, specs: list[Spec]) -> Reply:
+        from hivemind.averaging import DecentralizedAverager
+        from hivemind.compression import NoCompression
 
         self._stop()
         self._rounds += 1
-        self._averager = hivemind.averaging.DecentralizedAverager(
-            [base_vector(num_elements) * (self._index + 1)],
+        self._averager = DecentralizedAverager(
+            [base_vector(num_elements) * (self._index + 1) for _, num_elements, _ in specs],
             self._dht,
             start=True,
             prefix=f"bench-{self._rounds}",
             target_group_size=self._num_peers,
             min_group_size=self._num_peers,
-            compression=hivemind.NoCompression(),
+            compression=NoCompression(),
         )
         return {}
 
@@ -150,19 +159,19 @@ class HivemindPeer:
         from hivemind.averaging.control import AveragingStage
 
         with self._averager.get_tensors() as tensors:
-            tensors[0][:] = base_vector(tensors[0].numel()) * (self._index + 1)
+            for tensor in tensors:
+                tensor[:] = base_vector(tensor.numel()) * (self._index + 1)
         self._control = self._averager.step(wait=False, require_trigger=True, timeout=100.0)
         async with asyncio.timeout(100):
             while self._control.stage != AveragingStage.AWAITING_TRIGGER:  # noqa: ASYNC110 (another process sets it)
                 await asyncio.sleep(0.01)
         return {}
 
-    async def go(self) -> torch.Tensor:
+    async def go(self) -> Vectors:
         self._control.allow_allreduce()
         await asyncio.to_thread(self._control.result, 110.0)
         with self._averager.get_tensors() as tensors:
-            mean: torch.Tensor = tensors[0]
-            return mean
+            return {str(place): tensor for place, tensor in enumerate(tensors)}
 
     async def leave(self) -> Reply:
         self._stop()
@@ -181,7 +190,7 @@ class GlooPeer:
     def __init__(self, index: int, num_peers: int) -> None:
         self._index, self._num_peers = index, num_peers
 
-    async def join(self, first: Reply | None) -> Reply:
+    async def join(self, first: Reply | None, swarm: Reply) -> Reply:
         from torch import distributed
 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -199,22 +208,22 @@ class GlooPeer:
         address = f"tcp://127.0.0.1:{self._port}"
         distributed.init_process_group("gloo", init_method=address, rank=self._index, world_size=self._num_peers)
 
-    async def prepare(self, num_elements: int) -> Reply:
+    async def prepare(self, specs: list[Spec]) -> Reply:
         if self._index == 0:
             await self._starting
-        self._num_elements = num_elements
+        self._num_elements = sum(num_elements for _, num_elements, _ in specs)
         return {}
 
     async def meet(self, group: list[Reply]) -> Reply:
         self._vector = base_vector(self._num_elements) * (self._index + 1)
         return {}
 
-    async def go(self) -> torch.Tensor:
+    async def go(self) -> Vectors:
         from torch import distributed
 
         distributed.all_reduce(self._vector)
         self._vector /= self._num_peers
-        return self._vector
+        return {"": self._vector}
 
     async def leave(self) -> Reply:
         from torch import distributed
@@ -294,27 +303,23 @@ async def obey(peer: Peer, num_peers: int, command: Reply) -> Reply:
     """One command's answer."""
     match command["do"]:
         case "join":
-            return await peer.join(command["first"])
+            return await peer.join(command["first"], command["swarm"])
         case "prepare":
-            return await peer.prepare(command["num_elements"])
+            return await peer.prepare(command["specs"])
         case "meet":
             return await peer.meet(command["group"])
         case "go":
             meter = Meter()
             began = time.monotonic()
-            mean = await peer.go()
+            means = await peer.go()
             ended = time.monotonic()
             cpu_s, peak_mb = meter.stop()
-            error = relative_error(mean, num_peers)
-            digest = hashlib.sha256(mean.numpy().data).hexdigest()
-            return {
-                "began": began,
-                "ended": ended,
-                "cpu_s": cpu_s,
-                "peak_mb": peak_mb,
-                "error": error,
-                "sha256": digest,
-            }
+            error = relative_error(means, num_peers)
+            digest = hashlib.sha256()
+            for mean in means.values():
+                digest.update(mean.numpy().data)
+            answer = {"began": began, "ended": ended, "cpu_s": cpu_s, "peak_mb": peak_mb}
+            return answer | {"error": error, "sha256": digest.hexdigest()}
         case "leave":
             return await peer.leave()
     raise ValueError(f"unknown command {command}")

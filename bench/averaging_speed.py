@@ -26,13 +26,13 @@ from typing import IO, Any
 
 import psutil
 
+from bench.averaging_peer import Spec
 from bench.harness import Claim, arguments, at_least, at_most, ratio_of_medians, report, table
 
 KINDS = ("ours", "hivemind", "gloo")
 MAX_ERROR = 1e-5
 MEMORY_PER_PEER = {"ours": 3, "hivemind": 9, "gloo": 3}  # times the vector, at most
 BYTES_PER_PROCESS = 600e6
-JOIN_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +45,27 @@ class Round:
 
 
 class Group:
-    """Peers of one kind. ``with`` starts and ends them."""
+    """Peers of one kind. ``with`` starts and ends them.
 
-    def __init__(self, kind: str, num_peers: int, folder: Path) -> None:
+    Args:
+        folder: of their logs.
+        swarms: settings of each peer's `Swarm`, where it is one of ours.
+        max_error: of a mean, relative to its largest value.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        num_peers: int,
+        folder: Path,
+        swarms: Sequence[dict[str, Any]] = (),
+        max_error: float = MAX_ERROR,
+    ) -> None:
         self.kind = kind
         self._num_peers = num_peers
         self._folder = folder
+        self._swarms = list(swarms) or [{}] * num_peers
+        self._max_error = max_error
         self._peers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Group:
@@ -70,8 +85,11 @@ class Group:
                     )
                 )
         try:
-            first = self._ask([0], do="join", first=None)[0]
-            self._ask(range(1, self._num_peers), do="join", first=first)
+            first = self._ask([0], do="join", first=None, swarm=self._swarms[0])[0]
+            for index in range(1, self._num_peers):
+                self._say(index, do="join", first=first, swarm=self._swarms[index])
+            for index in range(1, self._num_peers):
+                self._hear(index)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -90,9 +108,9 @@ class Group:
                 if pipe is not None:
                     pipe.close()
 
-    def prepare(self, num_elements: int) -> None:
-        """Everyone makes its vector."""
-        self._group = self._ask(range(self._num_peers), do="prepare", num_elements=num_elements)
+    def prepare(self, specs: Sequence[Spec]) -> None:
+        """Everyone makes its vectors."""
+        self._group = self._ask(range(self._num_peers), do="prepare", specs=specs)
 
     def round(self) -> Round:
         """One all-reduce.
@@ -104,7 +122,7 @@ class Group:
         self._ask(everyone, do="meet", group=self._group)
         answers = self._ask(everyone, do="go")
         error = max(answer["error"] for answer in answers)
-        if error > MAX_ERROR:
+        if error > self._max_error:
             raise RuntimeError(f"{self.kind}: a mean is off by {error:.2g}")
         if self.kind.startswith("ours") and len({answer["sha256"] for answer in answers}) != 1:
             raise RuntimeError("ours: members hold different bits")
@@ -115,18 +133,21 @@ class Group:
         )
 
     def _ask(self, indices: Sequence[int], **command: object) -> list[Any]:
-        line = json.dumps(command) + "\n"
         for index in indices:
-            _pipe(self._peers[index].stdin).write(line)
-            _pipe(self._peers[index].stdin).flush()
-        answers = []
-        for index in indices:
-            answer = _pipe(self._peers[index].stdout).readline()
-            if not answer:
-                log = (self._folder / f"{self.kind}-{index}.log").read_text()[-3000:]
-                raise RuntimeError(f"peer {index} of {self.kind} died at {command['do']}:\n{log}")
-            answers.append(json.loads(answer))
-        return answers
+            self._say(index, **command)
+        return [self._hear(index) for index in indices]
+
+    def _say(self, index: int, **command: object) -> None:
+        pipe = _pipe(self._peers[index].stdin)
+        pipe.write(json.dumps(command) + "\n")
+        pipe.flush()
+
+    def _hear(self, index: int) -> Any:
+        answer = _pipe(self._peers[index].stdout).readline()
+        if not answer:
+            log = (self._folder / f"{self.kind}-{index}.log").read_text()[-3000:]
+            raise RuntimeError(f"peer {index} of {self.kind} died:\n{log}")
+        return json.loads(answer)
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
@@ -159,7 +180,7 @@ def measure(
                     print(f"{size_mb} MB with {num_peers} peers is left out: too little memory is free", flush=True)
                     continue
                 for group in groups:
-                    group.prepare(num_elements)
+                    group.prepare([("delta", num_elements, "fp32")])
                 for turn in range(repeats + 1):
                     for group in groups:
                         measured = group.round()
