@@ -1,13 +1,15 @@
 """Butterfly all-reduce: every reducer averages one part for the group; everyone ends with the same bits.
 
-Each member opens one stream to each reducer, brings its chunks of that reducer's part, and takes the part's mean home
-on the same stream (`opening`); each reducer averages whoever is in by the send deadline (`serving`, `reducing`). A mean
-is encoded once and signed, so all get the same bytes, from the reducer or from anyone who holds them; at the end
-members compare what reducers signed, and two different means of one part are a proof.
+Each member brings its chunks of a part to the part's reducer and takes the mean home on the same stream, both at once
+and batch by batch (`opening`, `reduction`). A mean is encoded once and signed, so all get the same bytes, from the
+reducer or from anyone who holds them. Where a reducer fails the next in line reduces the part again. Every member
+recomputes some blocks of what it gets (`auditing`): a wrong mean is proved, void for everyone, and made again. At the
+end members compare what they hold (`agreement`).
 
 Nothing waits past the plan's deadline, whatever a peer does. A peer's fault is a record in the outcome; our own failure
 is a ServiceError; a plan that is not for us is a ValueError.
 
+Reading order: group, messages, results, means, reducing, reduction, opening, serving, auditing, agreement.
 Source: Moshpit SGD, section 3, https://arxiv.org/abs/2103.03239
 """
 
@@ -15,26 +17,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 
+from hivetrain.averaging.agreement import Agreement
 from hivetrain.averaging.group import GroupPlan
-from hivetrain.averaging.opening import obtain_part
+from hivetrain.averaging.opening import Opener
 from hivetrain.averaging.outcome import AllReduceOutcome, FaultRecord, LinkStats
+from hivetrain.averaging.peers import Peers
+from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
 from hivetrain.averaging.serving import Server
+from hivetrain.averaging.signed import Signed
 from hivetrain.averaging.state import RoundState
+from hivetrain.averaging.tally import make_outcome
 from hivetrain.averaging.transport import Transport
 from hivetrain.identity import Identity, Verify
+from hivetrain.verification.merkle import MerkleTree
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AllReduceOutcome", "FaultRecord", "LinkStats", "all_reduce"]
-
-WATCH_TICK_S = 0.5
-STALL_S = 2.0  # a tick that comes this late: our process had stopped, and others' silence proves nothing
+__all__ = [
+    "AllReduceOutcome",
+    "FaultRecord",
+    "LinkStats",
+    "all_reduce",
+    "proves_two_averages",
+    "proves_wrong_average",
+]
 
 
 async def all_reduce(
-    plan: GroupPlan, me: Identity, payload: bytes | None, transport: Transport, verify: Verify
+    plan: GroupPlan,
+    me: Identity,
+    payload: bytes | None,
+    transport: Transport,
+    verify: Verify,
+    tree: MerkleTree | None = None,
 ) -> AllReduceOutcome:
     """Average ``payload`` with the group's, by the plan's deadline at the latest.
 
@@ -44,6 +60,7 @@ async def all_reduce(
         payload: encoded in the plan's layout, with the root that the plan names; None where our weight is 0.
         transport: started, with no acceptor; it is ours until we return.
         verify: checks the other members' signatures.
+        tree: over the payload's chunks, where it is at hand; otherwise they are hashed once more.
 
     Returns:
         The mean as far as this node holds it, and what it saw. `vectors` have the same bits on every member whose
@@ -53,28 +70,40 @@ async def all_reduce(
         ValueError: the plan is not for us.
         ServiceError: our own transport broke, or reached nobody.
     """
-    state = RoundState(plan, me, payload, transport, verify)
-    server = Server(state)
+    state = RoundState(plan, me, payload, transport, verify, tree)
+    signed = Signed(state)
+    peers = Peers(state, signed)
+    agreement = Agreement(state, signed, peers)
+    server = Server(state, signed, peers, agreement)
     transport.set_acceptor(server.accept)
-    state.begin()
-    tasks: list[asyncio.Task[None]] = []
+    state.clock.begin()
+    opener = Opener(state, signed, peers)
+    parts = [asyncio.create_task(opener.see_through(holding)) for holding in state.holdings.values()]
+    agreed = asyncio.create_task(agreement.run())
     try:
-        tasks.append(asyncio.create_task(_watch_ourselves(state)))
-        async with asyncio.timeout_at(state.deadline) as limit:
-            await _take_part(state, server, tasks)
+        async with asyncio.timeout_at(state.clock.deadline) as limit:
+            # Parts are seen through for as long as anybody may find them wrong: the agreement ends the round.
+            running: set[asyncio.Future[None]] = {*parts, agreed, state.crash}
+            while not agreed.done():
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
     except TimeoutError:
         if not limit.expired():
             raise
-        logger.info("the all-reduce ran into its deadline: %d parts are open", len(state.unsettled))
+        logger.info("the all-reduce ran into its deadline")
     finally:
         transport.set_acceptor(None)
-        for task in tasks:
+        state.clock.stop()
+        for task in (*parts, agreed):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*parts, agreed, return_exceptions=True)
         await server.close()
+        await peers.close()
         await state.close_streams()
-    server.raise_bug()
-    outcome = state.outcome()
+    if state.crash.done():
+        state.crash.result()
+    outcome = make_outcome(state)
     logger.info(
         "all-reduce: round=%d attempt=%d complete=%s members_in=%d faults=%d seconds=%.2f sent=%d received=%d",
         plan.round,
@@ -87,30 +116,3 @@ async def all_reduce(
         outcome.bytes_received,
     )
     return outcome
-
-
-async def _take_part(state: RoundState, server: Server, tasks: list[asyncio.Task[None]]) -> None:
-    def spawn(work: Coroutine[None, None, None]) -> None:
-        tasks.append(asyncio.create_task(work))
-
-    for part in state.parts:
-        if part is state.own_part:
-            spawn(server.reduce(part))
-        elif part.start < part.stop:
-            spawn(obtain_part(state, part))
-    running: set[asyncio.Future[None]] = {*tasks[1:], server.crash}
-    while running - {server.crash}:
-        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    await server.drain()
-
-
-async def _watch_ourselves(state: RoundState) -> None:
-    """Notice when this process stood still (stopped, suspended, starved): then nobody's silence is held against it."""
-    while True:
-        began = state.now()
-        await asyncio.sleep(WATCH_TICK_S)
-        lag = state.now() - began - WATCH_TICK_S
-        if lag > STALL_S:
-            state.stalled_s += lag

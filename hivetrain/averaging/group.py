@@ -15,11 +15,13 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hivetrain.averaging.layout import PayloadLayout, Section, part_bounds
+from hivetrain.averaging.robust import get_mean
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.verification.merkle import DIGEST_BYTES
 
 MAX_MEMBERS = 256
 MAX_WEIGHTED_SUM = 1e37  # of float32's 3.4e38: the sum of w * x cannot overflow below it
+MAX_AUDIT_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Chunks ``[start, stop)``, reduced by ``reducer``."""
+    """Chunks ``[start, stop)``, reduced by ``reducer``, or by the next in line where it fails."""
 
     index: int
     reducer: Member
@@ -77,8 +79,15 @@ class GroupPlan:
         members: in the order in which their values are summed.
         layout: of everyone's payload.
         send_deadline_s: a sender that is not in by then is left out; seconds from the start.
-        deadline_s: everything ends by then. Leave as much after the send deadline as before it: the means travel then.
+        deadline_s: everything ends by then. Leave as much after the send deadline as before it: parts whose reducer
+            failed are reduced again then.
         max_abs: a value past it is out of bound.
+        stall_s: a sender that makes no progress for so long is given up, and a reducer that makes none for twice as
+            long (it may be waiting for a sender itself); None: a third of ``send_deadline_s``.
+        min_rate: bytes/s; who is slower than this, after ``stall_s``, is given up too. Whatever it is, a sender must be
+            half as fast as its part needs to be in by the send deadline.
+        audit_blocks: blocks of every foreign part that each member recomputes from the senders' own bytes.
+        mean: how vectors are joined, a name in `robust`.
 
     Raises:
         ValueError: a plan that cannot work; names the field.
@@ -92,6 +101,10 @@ class GroupPlan:
     send_deadline_s: float
     deadline_s: float
     max_abs: float
+    stall_s: float | None = None
+    min_rate: float = 0.0
+    audit_blocks: int = 2
+    mean: str = "mean"
 
     def __post_init__(self) -> None:
         for what, names in (
@@ -114,6 +127,13 @@ class GroupPlan:
         largest = self.max_abs * sum(member.weight for member in self.members)
         if largest > MAX_WEIGHTED_SUM:
             raise ValueError(f"max_abs times all weights must be <= {MAX_WEIGHTED_SUM:g}, got {largest:g}")
+        if self.stall_s is not None and not 0 < self.stall_s < math.inf:
+            raise ValueError(f"stall_s must be finite and > 0, got {self.stall_s}")
+        if not 0 <= self.min_rate < math.inf:
+            raise ValueError(f"min_rate must be finite and >= 0, got {self.min_rate}")
+        if not 0 <= self.audit_blocks <= MAX_AUDIT_BLOCKS:
+            raise ValueError(f"audit_blocks must be in [0, {MAX_AUDIT_BLOCKS}], got {self.audit_blocks}")
+        get_mean(self.mean)
 
     def member(self, hotkey: str) -> Member | None:
         """The member of that hotkey."""
@@ -124,6 +144,40 @@ class GroupPlan:
         bounds = part_bounds(self.layout.num_chunks, [m.share if m.reduces else 0.0 for m in self.members])
         reducers = [(m, b) for m, b in zip(self.members, bounds, strict=True) if m.reduces]
         return [Part(index=i, reducer=m, start=b[0], stop=b[1]) for i, (m, b) in enumerate(reducers)]
+
+    @property
+    def num_ranks(self) -> int:
+        """How many members can reduce a part, one after another."""
+        return sum(member.reduces for member in self.members)
+
+    def reducer(self, part: int, rank: int) -> Member:
+        """Who reduces part ``part`` where ``rank`` others failed before: the reducers in order, from the part's own."""
+        reducers = [member for member in self.members if member.reduces]
+        return reducers[(part + rank) % len(reducers)]
+
+    @property
+    def patience_s(self) -> float:
+        """``stall_s``, or what stands for it."""
+        return self.send_deadline_s / 3 if self.stall_s is None else self.stall_s
+
+    @property
+    def block_chunks(self) -> int:
+        """Chunks of a block: what is averaged at once, and audited at once."""
+        return max(1, min(8, 256 // len(self.members)))
+
+    @property
+    def batch_chunks(self) -> int:
+        """Chunks of a batch: what travels at once, 1 MiB of fp32 and less in large groups."""
+        return self.block_chunks * max(1, min(8, 64 // len(self.members)))
+
+    def blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Chunks ``[start, stop)`` cut into blocks."""
+        return [(first, min(first + self.block_chunks, stop)) for first in range(start, stop, self.block_chunks)]
+
+    def batches(self, part: Part) -> list[tuple[int, int]]:
+        """A part cut into batches, each of whole blocks."""
+        size = self.batch_chunks
+        return [(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
 
     def group_id(self) -> str:
         """Hex sha256 over everything that the plan says."""
@@ -156,6 +210,10 @@ def plan_to_dict(plan: GroupPlan) -> dict[str, object]:
         "send_deadline_s": float(plan.send_deadline_s),
         "deadline_s": float(plan.deadline_s),
         "max_abs": float(plan.max_abs),
+        "stall_s": None if plan.stall_s is None else float(plan.stall_s),
+        "min_rate": float(plan.min_rate),
+        "audit_blocks": plan.audit_blocks,
+        "mean": plan.mean,
     }
 
 
@@ -188,6 +246,10 @@ class _PlanModel(_Bounded):
     send_deadline_s: Annotated[float, Field(gt=0, le=86_400)]
     deadline_s: Annotated[float, Field(gt=0, le=86_400)]
     max_abs: float
+    stall_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    min_rate: Annotated[float, Field(ge=0, lt=1e12)] = 0.0
+    audit_blocks: Annotated[int, Field(ge=0, le=MAX_AUDIT_BLOCKS)] = 2
+    mean: Annotated[str, Field(min_length=1, max_length=32)] = "mean"
 
 
 def plan_from_dict(raw: object) -> GroupPlan:
@@ -209,6 +271,10 @@ def plan_from_dict(raw: object) -> GroupPlan:
             send_deadline_s=model.send_deadline_s,
             deadline_s=model.deadline_s,
             max_abs=model.max_abs,
+            stall_s=model.stall_s,
+            min_rate=model.min_rate,
+            audit_blocks=model.audit_blocks,
+            mean=model.mean,
         )
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]

@@ -152,12 +152,18 @@ class MemoryStream:
         if script.stall_after is not None and index >= script.stall_after:
             return
         sent = script.rewrite(index, bytes(frame)) if script.rewrite else bytes(frame)
-        await _unless(self._out.frames.put(sent), self._out.broken)
+        if self._out.frames.full():
+            await _unless(self._out.frames.put(sent), self._out.broken)
+        else:
+            self._out.frames.put_nowait(sent)
 
     async def receive(self, max_bytes: int) -> bytes:
-        if self._in.frames.empty() and (self._in.broken.is_set() or self._in.finished.is_set()):
+        if not self._in.frames.empty():
+            frame = self._in.frames.get_nowait()
+        elif self._in.broken.is_set() or self._in.finished.is_set():
             raise LinkLost("the stream ended")
-        frame = await _unless(self._in.frames.get(), self._in.broken, self._in.finished)
+        else:
+            frame = await _unless(self._in.frames.get(), self._in.broken, self._in.finished)
         if len(frame) > max_bytes:
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, got {len(frame)}")
         return frame

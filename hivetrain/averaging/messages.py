@@ -3,38 +3,43 @@
 One stream carries one conversation between its opener and its acceptor (docs/protocol.md, "All-reduce"):
 
     Hello, HelloReply, HelloConfirm                     both prove their hotkeys
-    then   Contribution, (Block, bytes)*                opener: its vector for the acceptor's part
-           Result, bytes*      or Refusal               acceptor: the mean of that part
-           Confirm, Confirm                             both: every signed result that they hold
-    or     Fetch, FetchReply, [Result, bytes*] ...      opener: asks for any part, from whoever holds it
+    then   Contribution, (Batch, bytes)*                opener: its vector for a part that the acceptor reduces
+           (MeanBatch, bytes)*, Result   or Refusal     acceptor, at the same time: the mean of that part
+    or any of these requests, one after another:
+           Fetch, FetchReply [, (MeanBatch, bytes)*, Result]    do you hold this part's mean? then send it
+           Open, (Batch, bytes)*  or Refusal            show me these chunks of your own vector
+           Proof, ProofReply [, bytes]                  a reducer lied; here is the evidence
+           Confirm, Confirm                             the results that each side holds
 
-A block is a run of up to `BLOCK_CHUNKS` chunks with the Merkle proof that they are the ones committed, so a part
-can be checked, and refused, as it arrives. A result is signed by the part's reducer, so a copy is worth as much as the
-original, and two different ones are a proof of a lie.
+A batch of vector chunks comes with the Merkle proof that they are the ones committed, so a part can be checked, and
+refused, as it arrives. A result is signed by the reducer, so a copy is worth as much as the original, and two
+different ones are a proof of a lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar, overload
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import MAX_MEMBERS
 from hivetrain.averaging.transport import Stream
 from hivetrain.errors import Fault, PeerFault
 
-BLOCK_CHUNKS = 64  # 1 MiB of fp32
-RESULT_FRAME_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 10
-MAX_CONFIRM_BYTES = 512 << 10
+MAX_CONFIRM_BYTES = 1 << 20
+MAX_OPEN_RANGES = 64
 
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Field(max_length=128)]
 Hotkey = Annotated[str, Field(min_length=1, max_length=64)]
 GroupId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, lt=1 << 40)]
+Rank = Annotated[int, Field(ge=0, le=MAX_MEMBERS)]
+Mask = Annotated[bytes, Field(max_length=MAX_MEMBERS // 8)]
 
 
 class Message(BaseModel):
@@ -74,61 +79,120 @@ class HelloConfirm(Message):
 
 
 class Contribution(Message):
-    """Opener: my vector for your part follows; 0 chunks where I send none and only receive."""
+    """Opener: my vector for a part follows, from batch ``first`` on; so many means of it I have already.
+
+    Attributes:
+        rank: how many reducers of this part I gave up before you.
+        num_chunks: of the whole part; 0 where I send nothing and only receive.
+    """
 
     kind: Literal["contribution"] = "contribution"
     part: Index
+    rank: Rank
+    first: Index
     num_chunks: Index
 
 
-class Block(Message):
-    """Opener: chunks ``[start, stop)`` follow in one frame; ``proof`` leads to my committed root."""
+class Batch(Message):
+    """Chunks ``[start, stop)`` of my payload follow in one frame; ``proof`` leads to my committed root."""
 
-    kind: Literal["block"] = "block"
+    kind: Literal["batch"] = "batch"
     start: Index
     stop: Index
     proof: Annotated[list[Digest], Field(max_length=96)]
 
 
+class MeanBatch(Message):
+    """Acceptor: the next batch of the mean follows in one frame. Bit i % 8 of byte i // 8: member i is in it."""
+
+    kind: Literal["mean_batch"] = "mean_batch"
+    rank: Rank
+    included: Mask
+
+
+class MaskRun(BaseModel):
+    """Up to chunk ``stop``, these members are in the mean."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    stop: Index
+    included: Mask
+
+
 class Result(Message):
-    """The mean of a part, signed by its reducer. Its bytes follow, except inside a `Confirm`."""
+    """The mean of a part, signed by the reducer of that rank.
+
+    Attributes:
+        masks: who is in which chunks, in order.
+        root: Merkle root over the digests of the mean's encoded chunks.
+        signature: over `results.result_message`.
+    """
 
     kind: Literal["result"] = "result"
     part: Index
-    included: Annotated[bytes, Field(max_length=MAX_MEMBERS // 8)]  # bit i % 8 of byte i // 8: member i is in the mean
-    size_bytes: Index
-    sha256: Digest
+    rank: Rank
+    masks: Annotated[list[MaskRun], Field(min_length=1, max_length=MAX_MEMBERS + 1)]
+    root: Digest
     signature: Signature
 
 
 class Refusal(Message):
-    """Acceptor: your vector is not in the mean, and why. The mean can still be fetched."""
+    """Acceptor: no, and why. A mean can still be had from somebody else."""
 
     kind: Literal["refusal"] = "refusal"
     fault: Annotated[str, Field(max_length=32)]
     detail: Annotated[str, Field(max_length=500)]
 
 
-class Confirm(Message):
-    """Every signed result that I hold; of a part with two different ones, both."""
-
-    kind: Literal["confirm"] = "confirm"
-    results: Annotated[list[Result], Field(max_length=2 * MAX_MEMBERS)]
-
-
 class Fetch(Message):
-    """Opener: do you hold this part's mean? With ``take``: then send it."""
+    """Opener: do you hold this part's mean? With ``take``: then send it.
+
+    ``rank`` is how many reducers I have given up: below it, nobody's result is expected here any more.
+    """
 
     kind: Literal["fetch"] = "fetch"
     part: Index
+    rank: Rank
     take: bool
 
 
 class FetchReply(Message):
-    """Acceptor: "have" (a `Result` and its bytes follow if asked for), "pending" (I still expect it), or "none"."""
+    """Acceptor: "have" the result of ``rank``, "pending" (I may still get one below the rank you name), or "none"."""
 
     kind: Literal["fetch_reply"] = "fetch_reply"
     status: Literal["have", "pending", "none"]
+    rank: Rank
+
+
+class Open(Message):
+    """Opener: show me these chunks of your own vector. A `Batch` and its bytes follow for each ``[start, stop)``."""
+
+    kind: Literal["open"] = "open"
+    starts: Annotated[list[Index], Field(min_length=1, max_length=MAX_OPEN_RANGES)]
+    stops: Annotated[list[Index], Field(min_length=1, max_length=MAX_OPEN_RANGES)]
+
+
+class Proof(Message):
+    """Opener: I have evidence against the result of this part and rank."""
+
+    kind: Literal["proof"] = "proof"
+    part: Index
+    rank: Rank
+
+
+class ProofReply(Message):
+    """Acceptor: send it, or I have one myself."""
+
+    kind: Literal["proof_reply"] = "proof_reply"
+    wanted: bool
+
+
+class Confirm(Message):
+    """The results that I hold. ``done``: I am waiting for nothing more."""
+
+    kind: Literal["confirm"] = "confirm"
+    results: Annotated[list[Result], Field(max_length=MAX_MEMBERS)]
+    done: bool
 
 
 M = TypeVar("M", bound=Message)
@@ -136,10 +200,12 @@ N = TypeVar("N", bound=Message)
 
 
 @overload
-def parse(frame: bytes, kind: type[M], /) -> M: ...
+def parse(frame: Bytes, kind: type[M], /) -> M: ...
 @overload
-def parse(frame: bytes, kind: type[M], other: type[N], /) -> M | N: ...
-def parse(frame: bytes, *kinds: type[Message]) -> Message:
+def parse(frame: Bytes, kind: type[M], other: type[N], /) -> M | N: ...
+@overload
+def parse(frame: Bytes, kind: type[M], other: type[N], /, *more: type[Message]) -> Message: ...
+def parse(frame: Bytes, *kinds: type[Message]) -> Message:
     """The message in ``frame``, which must be one of ``kinds``.
 
     Raises:
@@ -148,7 +214,7 @@ def parse(frame: bytes, *kinds: type[Message]) -> Message:
     return _parse(frame, kinds)
 
 
-def _parse(frame: bytes, kinds: Sequence[type[Message]]) -> Message:
+def _parse(frame: Bytes, kinds: Sequence[type[Message]]) -> Message:
     names = " or ".join(kind.__name__ for kind in kinds)
     try:
         raw = msgpack.unpackb(frame, max_map_len=16, max_array_len=2 * MAX_MEMBERS, max_ext_len=0)
@@ -169,6 +235,10 @@ def _parse(frame: bytes, kinds: Sequence[type[Message]]) -> Message:
 async def receive(stream: Stream, kind: type[M], /, *, max_bytes: int = ...) -> M: ...
 @overload
 async def receive(stream: Stream, kind: type[M], other: type[N], /, *, max_bytes: int = ...) -> M | N: ...
+@overload
+async def receive(
+    stream: Stream, kind: type[M], other: type[N], /, *more: type[Message], max_bytes: int = ...
+) -> Message: ...
 async def receive(stream: Stream, *kinds: type[Message], max_bytes: int = MAX_HEADER_BYTES) -> Message:
     """The next frame of ``stream``, parsed: one of ``kinds``.
 
@@ -177,35 +247,3 @@ async def receive(stream: Stream, *kinds: type[Message], max_bytes: int = MAX_HE
         PeerFault: OVERSIZED or MALFORMED.
     """
     return _parse(await stream.receive(max_bytes), kinds)
-
-
-def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The blocks of chunks ``[start, stop)``, as they travel."""
-    for first in range(start, stop, BLOCK_CHUNKS):
-        yield first, min(first + BLOCK_CHUNKS, stop)
-
-
-def pack_mask(included: Sequence[bool]) -> bytes:
-    """One bit per member, lowest first."""
-    packed = bytearray(-(-len(included) // 8))
-    for index, value in enumerate(included):
-        packed[index // 8] |= value << (index % 8)
-    return bytes(packed)
-
-
-def unpack_mask(packed: bytes, num_members: int) -> tuple[bool, ...]:
-    """One bool per member.
-
-    Raises:
-        PeerFault: MALFORMED: not that many bits, or a bit past the last member.
-    """
-    included = tuple(bool(packed[i // 8] >> (i % 8) & 1) for i in range(min(num_members, 8 * len(packed))))
-    if pack_mask(included) != packed or len(included) != num_members:
-        raise PeerFault(Fault.MALFORMED, f"expected a mask of {num_members} members, got {packed.hex()}")
-    return included
-
-
-def result_message(group_id: str, part: int, sha256: bytes, included: bytes, size_bytes: int) -> bytes:
-    """What a reducer signs to stand for its mean."""
-    packed: bytes = msgpack.packb(["hivetrain-result/1", group_id, part, sha256, included, size_bytes])
-    return packed

@@ -1,212 +1,243 @@
-"""The opening side: bring our vector to a part's reducer, take the part's mean, or get it from whoever holds it."""
+"""The opening side: see one part through, from reducer to reducer, until its mean is here.
+
+Rank by rank: bring our vector to the reducer whose turn it is and take the mean home on the same stream, both at once.
+Who is given up is not taken from any more; the next reducer first asks everyone else whether somebody has the mean, or
+still expects it, and reduces again only where all say no. What comes is certified, then audited, then held.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
+from hivetrain.averaging.auditing import audit
 from hivetrain.averaging.group import Member, Part
-from hivetrain.averaging.messages import (
-    MAX_CONFIRM_BYTES,
-    RESULT_FRAME_BYTES,
-    Block,
-    Confirm,
-    Contribution,
-    Fetch,
-    FetchReply,
-    Refusal,
-    Result,
-    blocks,
-    receive,
-)
-from hivetrain.averaging.state import RECONNECT_GRACE_S, RoundState
+from hivetrain.averaging.means import Mean, Refused, receive_mean
+from hivetrain.averaging.messages import Batch, Contribution, FetchReply, MeanBatch
+from hivetrain.averaging.peers import Peers, Unanswered
+from hivetrain.averaging.reduction import Reduction
+from hivetrain.averaging.results import unpack_mask
+from hivetrain.averaging.signed import Signed
+from hivetrain.averaging.state import RECONNECT_GRACE_S, GaveUp, Holding, RoundState
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import Fault, PeerFault
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
-ASK_TIMEOUT_S = 5.0
 POLL_S = 0.25
-REFUSAL_WAIT_S = 0.5
 
 
-async def obtain_part(state: RoundState, part: Part) -> None:
-    """See one foreign part through: deliver, receive or fetch, then compare notes with its reducer.
+class Opener:
+    """Obtains parts."""
 
-    Raises:
-        ServiceError: our own side does not work.
-    """
-    stream, story = await _from_reducer(state, part)
-    if part.index not in state.held:
-        state.pending.discard(part.index)  # from here on we answer "none" to whoever asks us
-        await _fetch(state, part)
-    state.settle(part)
-    # A reducer is absent only where its mean is nowhere: a bad link of ours is not its fault.
-    if part.index not in state.held and not state.ledger.blames(part.reducer.hotkey, part.index):
-        state.blame(
-            part.reducer.hotkey, Fault.ABSENT, f"nobody holds the mean of part {part.index}: {story}", part.index
-        )
-    if stream is not None:
-        await _compare_notes(state, part.reducer, stream)
+    def __init__(self, state: RoundState, signed: Signed, peers: Peers) -> None:
+        self._state = state
+        self._signed = signed
+        self._peers = peers
 
+    async def see_through(self, holding: Holding) -> None:
+        """Obtain a part, and again whenever it turns out to be void. Runs until it is cancelled.
 
-async def _from_reducer(state: RoundState, part: Part) -> tuple[Stream | None, str]:
-    """The stream on which the mean came, or None and why not."""
-    give_up, pause = state.send_deadline, FIRST_PAUSE_S
-    while True:
-        stream: Stream | None = None
-        delivered = False
+        Raises:
+            ServiceError: our own side does not work.
+        """
+        while True:
+            await self._obtain(holding)
+            self._state.settle(holding)
+            await holding.reopened.wait()
+            holding.reopened.clear()
+
+    async def _obtain(self, holding: Holding) -> None:
+        state, plan, clock = self._state, self._state.plan, self._state.clock
+        while holding.rank < plan.num_ranks and clock.now() < (clock.fetch_close if holding.rank else clock.fetch_at):
+            rank = holding.rank
+            holding.abandoned.clear()
+            state.abandon_if_hopeless(holding)
+            try:
+                mean = await _unless(holding.abandoned, self._attempt(holding, rank))
+                if not self._is_void(mean):
+                    holding.take(mean)
+                    return
+                why = GaveUp("there is evidence against it", None)
+            except GaveUp as exc:
+                why = exc
+            if holding.rank == rank:
+                holding.give_up(rank, why)
+        holding.rank = plan.num_ranks
+        holding.changed.notify()
+        mean_or_none = await self._collect(holding, plan.num_ranks, clock.fetch_close)
+        if mean_or_none is not None and not self._is_void(mean_or_none):
+            holding.take(mean_or_none)
+
+    def _is_void(self, mean: Mean) -> bool:
+        return mean.result is not None and self._signed.is_void(mean.result)
+
+    async def _attempt(self, holding: Holding, rank: int) -> Mean:
+        """The mean through the reducer of that rank.
+
+        Raises:
+            GaveUp: it gives us none.
+        """
+        state, clock, part = self._state, self._state.clock, holding.part
+        until = clock.now() + (clock.fetch_close - clock.now()) / 2 if rank else clock.fetch_at
+        reducer = state.plan.reducer(part.index, rank)
+        if reducer.hotkey != state.me.hotkey:
+            mean = await self._bring(part, rank, reducer, until)
+            await audit(state, self._signed, self._peers, mean, first_hand=mean.rank == rank)
+            return mean
+        expected = {member.hotkey for member in state.plan.members} - state.banned
+        if rank:
+            deniers: set[str] = set()
+            held = await self._collect(holding, rank, clock.now() + state.plan.patience_s, deniers)
+            if held is not None:
+                return held
+            expected = (deniers | holding.parked | {state.me.hotkey}) - state.banned
+        holding.reduction = Reduction(state, part, rank, expected)
+        holding.changed.notify()
+        mean = await holding.reduction.run()
+        if mean.unfit is not None:
+            raise GaveUp(f"our own mean is unfit: {mean.unfit.detail}", None)
+        assert mean.result is not None
+        self._signed.note(mean.result)
+        return mean
+
+    # From the reducer
+
+    async def _bring(self, part: Part, rank: int, reducer: Member, until: float) -> Mean:
+        """Bring our vector to a reducer, and its mean, or the one that it holds, home: certified, not audited."""
+        state, clock, plan = self._state, self._state.clock, self._state.plan
+        mean, pause = Mean(plan, state.store, part), FIRST_PAUSE_S
+        grace_s = min(RECONNECT_GRACE_S, plan.patience_s)
+        missed_at, patience_s = clock.awake(), grace_s if rank else plan.patience_s
         try:
-            stream = await state.connect(part.reducer, give_up)
-            async with asyncio.timeout_at(state.send_deadline):
-                await _deliver(state, part, stream)
-            delivered = True
-            async with asyncio.timeout_at(state.fetch_at):
-                answer = await receive(stream, Result, Refusal)
-                if isinstance(answer, Result):
-                    await receive_result(state, part, part.reducer, stream, answer)
-                    if part.index in state.held:
-                        return stream, ""
-                    story = "its mean was unfit"
-                else:
-                    story = f"it refused our vector: {answer.fault}: {answer.detail}"
-                    logger.warning("part %d: %s: %s", part.index, part.reducer.hotkey, story)
-        except TimeoutError:
-            story = "its mean did not come in time" if delivered else "it did not take our vector in time"
-        except LinkLost as lost:
-            story = lost.detail
-            if stream is not None:
-                give_up = min(state.send_deadline, state.now() + RECONNECT_GRACE_S)
-            refused = stream is not None and not delivered and await _refusal(stream)
-            if not delivered and not refused and state.now() + pause < give_up:
-                if stream is not None:
-                    await stream.close()
+            while True:
+                left = missed_at + patience_s - clock.awake()
+                try:
+                    stream = await state.connect(reducer, min(until, clock.now() + left))
+                    try:
+                        return await self._exchange(stream, mean, rank, reducer, until)
+                    finally:
+                        await state.disconnect(stream)
+                        missed_at, patience_s = clock.awake(), grace_s
+                except LinkLost as lost:
+                    story = lost.detail
+                if clock.awake() + pause >= missed_at + patience_s or clock.now() + pause >= until:
+                    raise GaveUp(story, Fault.ABSENT)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
-                continue
+        except TimeoutError as exc:
+            raise GaveUp("it did not answer in time", Fault.ABSENT) from exc
         except PeerFault as fault:
-            story = str(fault)
-            state.blame(part.reducer.hotkey, fault.fault, fault.detail, part.index)
-        if stream is not None:
-            await stream.close()
-        return None, story
+            state.blame(reducer.hotkey, fault.fault, fault.detail, part.index)
+            raise GaveUp(str(fault), None) from fault
+
+    async def _exchange(self, stream: Stream, mean: Mean, rank: int, reducer: Member, until: float) -> Mean:
+        state = self._state
+
+        def in_it(header: MeanBatch) -> None:
+            included = unpack_mask(header.included, len(state.plan.members))
+            if header.rank == rank and state.member.sends and not included[state.plan.members.index(state.member)]:
+                raise GaveUp("it leaves us out", Fault.ABSENT)
+
+        sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
+        try:
+            # A reducer may be waiting for a sender, itself with patience.
+            async with state.clock.patience(2 * state.plan.patience_s, until) as patience:
+                link = state.link(reducer)
+                result = await receive_mean(stream, mean, link, patience, state.clock.now, in_it)
+        except Refused as refused:
+            raise GaveUp(f"it refused us: {refused}", Fault.ABSENT) from refused
+        except TimeoutError as exc:
+            cut_short = rank > 0 and state.clock.now() >= until
+            raise GaveUp("its mean did not come in time", None if cut_short else Fault.LATE) from exc
+        finally:
+            sending.cancel()
+            await asyncio.wait({sending})
+        self._signed.certify(mean, result, reducer)
+        mean.finish(result)
+        return mean
+
+    async def _deliver(self, stream: Stream, part: Part, rank: int, first: int, reducer: Member) -> None:
+        """Our header, and our chunks of the part, each batch with its proof. A stream that breaks ends it quietly."""
+        state, layout = self._state, self._state.plan.layout
+        link = state.link(reducer)
+        num_chunks = part.stop - part.start if state.member.sends else 0
+        try:
+            header = Contribution(part=part.index, rank=rank, first=first, num_chunks=num_chunks)
+            await stream.send(header.to_bytes())
+            if state.tree is None or state.payload is None:
+                return
+            view = memoryview(state.payload)
+            for start, stop in state.plan.batches(part)[first:]:
+                await stream.send(Batch(start=start, stop=stop, proof=state.tree.range_proof(start, stop)).to_bytes())
+                data = view[layout.byte_offset(start) : layout.byte_offset(stop)]
+                await stream.send(data)
+                link.bytes_sent += len(data)
+        except LinkLost as lost:
+            logger.debug("the vector for part %d was not all taken: %s", part.index, lost.detail)
+        except Exception as exc:
+            if not state.crash.done():
+                state.crash.set_exception(exc)
+
+    # From anybody else
+
+    async def _collect(self, holding: Holding, rank: int, until: float, deniers: set[str] | None = None) -> Mean | None:
+        """Ask the others until one has given us the part, or nobody expects it from a reducer below ``rank`` any more.
+
+        What only the reducer itself holds does not count: everyone else gave it up. ``deniers`` gets the hotkeys of who
+        said "none".
+        """
+        state, clock, part = self._state, self._state.clock, holding.part
+        last = rank == state.plan.num_ranks
+        failed = {state.plan.reducer(part.index, r).hotkey for r in range(0 if last else rank)}
+        asked = [member for member in state.others if member.hotkey not in failed]
+        while True:
+            replies = await asyncio.gather(*(self._status(member, part, rank) for member in asked))
+            said = [(member, reply) for member, reply in zip(asked, replies, strict=True) if reply is not None]
+            holders = [
+                (reply.rank, member)
+                for member, reply in said
+                if reply.status == "have" and state.plan.reducer(part.index, reply.rank) != member
+            ]
+            for _, holder in sorted(holders, key=lambda pair: pair[0]):
+                try:
+                    mean = await self._peers.take(holder, part, rank, clock.fetch_close)
+                    await audit(state, self._signed, self._peers, mean, first_hand=False)
+                    return mean
+                except GaveUp as why:
+                    logger.info("part %d did not come from %s: %s", part.index, holder.hotkey, why)
+                    asked.remove(holder)
+            if deniers is not None:
+                deniers.update(member.hotkey for member, reply in said if reply.status == "none")
+            pending = any(reply.status == "pending" for _, reply in said)
+            if clock.now() >= clock.fetch_close or not (holders or (pending and clock.now() < until)):
+                return None
+            await asyncio.sleep(POLL_S)
+
+    async def _status(self, member: Member, part: Part, rank: int) -> FetchReply | None:
+        try:
+            return await self._peers.status(member, part, rank)
+        except Unanswered:
+            return None
 
 
-async def _deliver(state: RoundState, part: Part, stream: Stream) -> None:
-    """Our header and our chunks of the part, each block with its proof."""
-    num_chunks = part.stop - part.start if state.member.sends else 0
-    await stream.send(Contribution(part=part.index, num_chunks=num_chunks).to_bytes())
-    if state.tree is None or state.payload is None:
-        return
-    view, layout = memoryview(state.payload), state.plan.layout
-    link = state.ledger.links[part.reducer.hotkey]
-    for start, stop in blocks(part.start, part.stop):
-        await stream.send(Block(start=start, stop=stop, proof=state.tree.range_proof(start, stop)).to_bytes())
-        data = view[layout.byte_offset(start) : layout.byte_offset(stop)]
-        await stream.send(data)
-        link.bytes_sent += len(data)
-
-
-async def receive_result(state: RoundState, part: Part, bearer: Member, stream: Stream, result: Result) -> None:
-    """Take the bytes that follow ``result``; whatever is unfit is blamed, not held.
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` returns.
 
     Raises:
-        LinkLost: the stream ended.
-        PeerFault: OVERSIZED: more bytes than announced.
+        GaveUp: ``event`` was set before.
     """
-    included = state.check_result(result, part, bearer.hotkey)
-    if included is None:
-        return
-    began, pieces, remaining = state.now(), [], result.size_bytes
-    link = state.ledger.links[bearer.hotkey]
-    while remaining:
-        piece = await stream.receive(min(remaining, RESULT_FRAME_BYTES))
-        if not piece:
-            raise PeerFault(Fault.TRUNCATED, f"the mean ended {remaining} bytes early")
-        pieces.append(piece)
-        remaining -= len(piece)
-        link.bytes_received += len(piece)
-    link.seconds += state.now() - began
-    state.hold(result, part, included, b"".join(pieces), bearer.hotkey)
-
-
-async def _refusal(stream: Stream) -> bool:
-    """Whether a reducer that broke off said that it does not want our vector."""
+    tasks = working, _ = asyncio.create_task(work), asyncio.create_task(event.wait())
     try:
-        async with asyncio.timeout(REFUSAL_WAIT_S):
-            await receive(stream, Refusal)
-    except (TimeoutError, PeerFault):
-        return False
-    return True
-
-
-async def _compare_notes(state: RoundState, reducer: Member, stream: Stream) -> None:
-    """Exchange signed results, once we have all that we will get."""
-    try:
-        async with asyncio.timeout_at(state.deadline):
-            await state.all_settled.wait()
-            await stream.send(state.confirm().to_bytes())
-            state.merge_confirm(await receive(stream, Confirm, max_bytes=MAX_CONFIRM_BYTES), reducer.hotkey)
-            state.content.add(reducer.hotkey)
-            state.on_change()
-    except (TimeoutError, LinkLost) as exc:
-        logger.info("%s did not confirm: %s", reducer.hotkey, exc)
-    except PeerFault as fault:
-        state.blame(reducer.hotkey, fault.fault, fault.detail)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise GaveUp("its reducer is disregarded in this round", None)
+        return working.result()
     finally:
-        await stream.close()
-
-
-async def _fetch(state: RoundState, part: Part) -> None:
-    """Ask the others until one has the part, or none expects it any more. Validators first, its reducer last."""
-    others = [m for m in state.plan.members if m.hotkey not in (state.me.hotkey, part.reducer.hotkey)]
-    holders = [*sorted(others, key=lambda member: member.sends), part.reducer]
-    streams: dict[str, Stream] = {}  # kept open between questions: whoever answers then waits for us
-    try:
-        while state.now() < state.fetch_close and part.index not in state.held:
-            answers = await asyncio.gather(*(_ask(state, holder, part, streams) for holder in holders))
-            for holder, answer in zip(holders, answers, strict=True):
-                if answer == "have" and part.index not in state.held:
-                    await _take(state, holder, part, streams.pop(holder.hotkey))
-            if part.index in state.held or "pending" not in answers:
-                return
-            await asyncio.sleep(POLL_S)
-    finally:
-        for stream in streams.values():
-            await stream.close()
-
-
-async def _ask(state: RoundState, holder: Member, part: Part, streams: dict[str, Stream]) -> str:
-    """ "have" (then ``streams`` has the stream on which to take it), "pending" or "none"."""
-    until = min(state.fetch_close, state.now() + ASK_TIMEOUT_S)
-    try:
-        if holder.hotkey not in streams:
-            streams[holder.hotkey] = await state.connect(holder, until)
-        stream = streams[holder.hotkey]
-        async with asyncio.timeout_at(until):
-            await stream.send(Fetch(part=part.index, take=False).to_bytes())
-            return (await receive(stream, FetchReply)).status
-    except (TimeoutError, LinkLost):
-        pass
-    except PeerFault as fault:
-        state.blame(holder.hotkey, fault.fault, fault.detail, part.index)
-    if lost := streams.pop(holder.hotkey, None):
-        await lost.close()
-    return "none"
-
-
-async def _take(state: RoundState, holder: Member, part: Part, stream: Stream) -> None:
-    """Have the part sent by a member that says it has it. It gets half of the time that is left."""
-    now = state.now()
-    try:
-        async with asyncio.timeout_at(now + (state.fetch_close - now) / 2):
-            await stream.send(Fetch(part=part.index, take=True).to_bytes())
-            if (await receive(stream, FetchReply)).status == "have":
-                await receive_result(state, part, holder, stream, await receive(stream, Result))
-    except (TimeoutError, LinkLost) as exc:
-        logger.info("part %d did not come from %s: %s", part.index, holder.hotkey, exc)
-    except PeerFault as fault:
-        state.blame(holder.hotkey, fault.fault, fault.detail, part.index)
-    finally:
-        await stream.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

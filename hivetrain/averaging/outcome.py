@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import msgpack
 from torch import Tensor
 
-from hivetrain.averaging.group import GroupPlan
-from hivetrain.averaging.messages import Result, result_message
 from hivetrain.errors import Fault
-from hivetrain.identity import Verify
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +23,8 @@ class FaultRecord:
         fault: what kind.
         detail: expected and actual, in words, at most 300 characters.
         part: the part that it concerns; -1: none.
-        evidence: for WRONG_AVERAGE by two signed results, what `proves_two_averages` takes; else empty.
+        evidence: for WRONG_AVERAGE that anybody can check, what `proofs.proves_two_averages` or
+            `proofs.proves_wrong_average` takes; else empty.
     """
 
     hotkey: str
@@ -42,8 +39,8 @@ class LinkStats:
     """One peer as this node measured it.
 
     Attributes:
-        bytes_sent, bytes_received: payload and means, on all streams with it.
-        seconds: time in which we were receiving from it; ``bytes_received / seconds`` is its rate.
+        bytes_sent, bytes_received: payload, means and openings, on all streams with it.
+        seconds: time in which we waited for its bytes; ``bytes_received / seconds`` is its rate.
         first_byte_s: shortest time from our handshake message to its answer; None: it never answered.
     """
 
@@ -62,8 +59,10 @@ class AllReduceOutcome:
         vectors: per section, float32 of shape [num_elements]; zero where a part is missing.
         mean_sha256: hex, over every part's signed bytes and mask; equal wherever all of them are.
         complete: no part is missing.
-        missing_parts: parts that nobody holds, or of which there are two.
+        missing_parts: parts that nobody holds.
         included: per sender, the share of chunks whose mean it is in, over the parts that are not missing.
+        own_included: chunk ranges ``[start, stop)`` of the payload whose mean our own vector is in.
+        reduced_again: parts whose first reducer failed, and whose mean the next one made.
         faults: what this node saw.
         links: per other member.
         bytes_sent, bytes_received, seconds: of the whole all-reduce.
@@ -79,6 +78,8 @@ class AllReduceOutcome:
     bytes_sent: int
     bytes_received: int
     seconds: float
+    own_included: tuple[tuple[int, int], ...] = ()
+    reduced_again: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -115,10 +116,6 @@ class Ledger:
             entry = FaultRecord(hotkey="", fault=fault, detail=f"peer {peer_id}: {detail}"[:300], part=-1)
             self._outsiders.setdefault((peer_id, fault), entry)
 
-    def blames(self, hotkey: str, part: int) -> bool:
-        """Whether that member has a record for that part."""
-        return any(key[0] == hotkey and key[2] == part for key in self._faults)
-
     def faults(self) -> tuple[FaultRecord, ...]:
         """Everything recorded."""
         return (*self._faults.values(), *self._outsiders.values())
@@ -135,37 +132,3 @@ class Ledger:
             )
             for hotkey, link in self.links.items()
         )
-
-
-def verify_result(result: Result, plan: GroupPlan, group_id: str, verify: Verify) -> bool:
-    """Whether the part's reducer signed this result."""
-    parts = plan.parts()
-    if result.part >= len(parts):
-        return False
-    message = result_message(group_id, result.part, result.sha256, result.included, result.size_bytes)
-    return verify(parts[result.part].reducer.hotkey, message, result.signature)
-
-
-def pack_evidence(first: Result, second: Result) -> bytes:
-    """Two results as one proof."""
-    packed: bytes = msgpack.packb([first.to_bytes(), second.to_bytes()])
-    return packed
-
-
-def proves_two_averages(evidence: bytes, plan: GroupPlan, verify: Verify) -> str | None:
-    """The hotkey that signed two different means of one part; None where nothing is proved. Never raises."""
-    try:
-        raw = msgpack.unpackb(evidence, max_array_len=2, max_map_len=0)
-        first, second = (Result.model_validate(msgpack.unpackb(item)) for item in raw)
-    except Exception:  # bytes from a stranger: whatever does not parse proves nothing
-        return None
-    group_id = plan.group_id()
-    if first.part != second.part or _said(first) == _said(second):
-        return None
-    if not all(verify_result(result, plan, group_id, verify) for result in (first, second)):
-        return None
-    return plan.parts()[first.part].reducer.hotkey
-
-
-def _said(result: Result) -> tuple[bytes, bytes, int]:
-    return result.sha256, result.included, result.size_bytes

@@ -1,0 +1,173 @@
+"""A part's mean as it grows, batch by batch: on its reducer while it is reduced, on everyone else as it arrives.
+
+It is passed on in the same way from either: batches as soon as they are there, then the signed result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hivetrain.averaging.clock import Patience, Signal
+from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.group import GroupPlan, Part
+from hivetrain.averaging.messages import MeanBatch, Refusal, Result, receive
+from hivetrain.averaging.outcome import Link
+from hivetrain.averaging.results import mask_runs
+from hivetrain.averaging.store import MeanStore
+from hivetrain.averaging.transport import Stream
+from hivetrain.errors import Fault, PeerFault
+from hivetrain.verification.merkle import MerkleTree
+
+BOUND_SLACK = 1.01  # a mean of values within the bound may pass it by its rounding
+
+
+class Mean:
+    """Batches of one part's mean, in order, and the result once it is whole.
+
+    Attributes:
+        rank: of the reducer that made it; None until the first batch tells.
+        masks: one per batch that is here.
+        result: set when all is here and signed.
+        unfit: what was wrong with the first batch that cannot be a mean.
+        failed: set where no more will come.
+        grown: notified at every change.
+    """
+
+    def __init__(self, plan: GroupPlan, store: MeanStore, part: Part, rank: int | None = None) -> None:
+        self.part = part
+        self.rank = rank
+        self.batches = plan.batches(part)
+        self.masks: list[bytes] = []
+        self.result: Result | None = None
+        self.unfit: PeerFault | None = None
+        self.failed: str | None = None
+        self.grown = Signal()
+        self._layout = plan.layout
+        self._bound = plan.max_abs * BOUND_SLACK
+        self._store = store
+        self._digests: list[bytes] = []
+        self._tree: MerkleTree | None = None
+
+    @property
+    def next_batch(self) -> tuple[int, int] | None:
+        """The chunks that come next; None where all are here."""
+        return self.batches[len(self.masks)] if len(self.masks) < len(self.batches) else None
+
+    @property
+    def tree(self) -> MerkleTree:
+        """Over the chunks of a whole mean."""
+        if self._tree is None:
+            self._tree = MerkleTree(self._digests)
+        return self._tree
+
+    def size_of(self, batch: tuple[int, int]) -> int:
+        """Encoded bytes of a batch."""
+        return self._layout.range_bytes(*batch)
+
+    def has(self, index: int) -> bool:
+        """Whether batch ``index`` is here; past the last one, the result."""
+        return index < len(self.masks) or (index == len(self.batches) and self.result is not None)
+
+    def add(self, mask: bytes, data: Bytes) -> None:
+        """Keep the next batch.
+
+        Raises:
+            PeerFault: TRUNCATED or OVERSIZED.
+        """
+        start, stop = self.batches[len(self.masks)]
+        self._digests += self._layout.chunk_digests(data, start, stop)
+        fault = self._store.put(start, stop, data, self._bound)
+        self.unfit = self.unfit or fault
+        self.masks.append(mask)
+        self.grown.notify()
+
+    def fits(self, result: Result) -> bool:
+        """Whether ``result`` is signed over these very bytes and masks."""
+        return result.root == self.tree.root and result.masks == mask_runs(self.batches, self.masks)
+
+    def finish(self, result: Result) -> None:
+        """It is whole."""
+        self.result = result
+        self.grown.notify()
+
+    def fail(self, why: str) -> None:
+        """No more of it will come."""
+        self.failed = why
+        self.grown.notify()
+
+    def view(self, index: int) -> memoryview:
+        """Encoded bytes of batch ``index``."""
+        return self._store.view(*self.batches[index])
+
+
+class Refused(Exception):
+    """The other side does not give its mean, and says why."""
+
+
+async def send_mean(
+    stream: Stream,
+    mean: Mean,
+    link: Link,
+    patience: Patience,
+    first: int = 0,
+    refusal: Callable[[], PeerFault | None] = lambda: None,
+) -> None:
+    """Send a mean from batch ``first`` on as it grows, and its result; or a `Refusal`, where ``refusal`` says so.
+
+    Raises:
+        LinkLost: the stream ended.
+        TimeoutError: it is not read.
+    """
+    for index in range(first, len(mean.batches) + 1):
+        patience.hold()
+        while not mean.has(index):
+            if (fault := refusal()) is not None or mean.failed is not None:
+                fault = fault or PeerFault(Fault.ABSENT, str(mean.failed))
+                await stream.send(Refusal(fault=fault.fault.value, detail=fault.detail[:500]).to_bytes())
+                return
+            await mean.grown.wait()
+        patience.feed()
+        if index < len(mean.batches):
+            assert mean.rank is not None
+            await stream.send(MeanBatch(rank=mean.rank, included=mean.masks[index]).to_bytes())
+            data = mean.view(index)
+            await stream.send(data)
+            link.bytes_sent += len(data)
+    assert mean.result is not None
+    await stream.send(mean.result.to_bytes())
+
+
+async def receive_mean(
+    stream: Stream,
+    mean: Mean,
+    link: Link,
+    patience: Patience,
+    now: Callable[[], float],
+    check: Callable[[MeanBatch], None] = lambda header: None,
+) -> Result:
+    """Take batches until the mean is whole; then the result that its bearer claims for it, unchecked.
+
+    Raises:
+        LinkLost: the stream ended.
+        PeerFault: TRUNCATED, OVERSIZED or MALFORMED.
+        Refused: it will not come.
+        TimeoutError: it does not come.
+    """
+    while (batch := mean.next_batch) is not None:
+        header = await receive(stream, MeanBatch, Refusal)
+        if isinstance(header, Refusal):
+            raise Refused(f"{header.fault}: {header.detail}")
+        if mean.rank is not None and mean.rank != header.rank:
+            raise PeerFault(Fault.MALFORMED, f"a mean of rank {mean.rank} goes on as one of rank {header.rank}")
+        check(header)
+        mean.rank = header.rank
+        began = now()
+        data = await stream.receive(mean.size_of(batch))
+        link.seconds += now() - began
+        link.bytes_received += len(data)
+        mean.add(header.included, data)
+        patience.feed()
+    answer = await receive(stream, Result, Refusal)
+    if isinstance(answer, Refusal):
+        raise Refused(f"{answer.fault}: {answer.detail}")
+    return answer
