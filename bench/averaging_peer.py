@@ -81,7 +81,8 @@ class OurPeer:
         self._payload: bytes | None = None
         vectors = {name: base_vector(n) * (self._index + 1) for name, n, _ in specs}
         self._payload = self._layout.encode(vectors, seed=0)
-        root = MerkleTree(self._layout.chunk_digests(self._payload)).root.hex()
+        self._tree = MerkleTree(self._layout.chunk_digests(self._payload))  # a miner has it since it committed
+        root = self._tree.root.hex()
         peer_id, maddrs = self._swarm.peer_id, self._swarm.visible_maddrs()
         return {"hotkey": self._key.hotkey, "peer_id": peer_id, "maddrs": maddrs, "root": root}
 
@@ -115,7 +116,7 @@ class OurPeer:
         from hivetrain.averaging.butterfly import all_reduce
         from tests.keys import verify
 
-        outcome = await all_reduce(self._plan, self._key, self._payload, self._swarm, verify)
+        outcome = await all_reduce(self._plan, self._key, self._payload, self._swarm, verify, self._tree)
         if not outcome.complete or outcome.faults:
             raise RuntimeError(f"missing {outcome.missing_parts}, faults {outcome.faults}")
         return outcome.vectors
