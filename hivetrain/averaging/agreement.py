@@ -5,8 +5,8 @@ the others that it does not disregard have said the same as it. Where they say o
 
 - two different results of one part and rank are a proof against their reducer, and void;
 - a result that is void already is answered with its proof;
-- of two ranks the lower one wins, where anybody but its own reducer holds it: what only the reducer itself holds is
-  what everyone else gave up.
+- of two ranks' results the one with more weight in it wins, of equal ones the lower rank. What nobody but its own
+  reducer holds does not count: everyone else gave it up.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from hivetrain.averaging.group import Member
 from hivetrain.averaging.messages import Confirm
 from hivetrain.averaging.peers import Peers, Unanswered
 from hivetrain.averaging.proofs import said
+from hivetrain.averaging.results import weight_in
 from hivetrain.averaging.signed import Signed
 from hivetrain.averaging.state import MAX_REOPENINGS, Holding, RoundState
 from hivetrain.errors import Fault
 
 logger = logging.getLogger(__name__)
 
-LINGER_S = 1.5  # for whoever has not got everything: so long we can still be asked
+LINGER_S = 3.0  # for whoever has not got everything: so long we can still be asked
 
 
 class Agreement:
@@ -131,11 +132,11 @@ class Agreement:
             if hotkey not in state.banned:
                 held += [(hotkey, result) for result in theirs.results if result.part == part]
         ranks = {
-            result.rank
+            (-weight_in(result, state.plan, holding.part), result.rank)
             for hotkey, result in held
             if not self._signed.is_void(result) and state.plan.reducer(part, result.rank).hotkey != hotkey
         }
-        if ranks and (mine is None or min(ranks) != mine.rank):
+        if ranks and (mine is None or min(ranks)[1] != mine.rank):
             state.reopen(holding, state.plan.num_ranks)
 
 

@@ -57,7 +57,7 @@ async def audit(state: RoundState, signed: Signed, peers: Peers, mean: Mean, fir
                 _convict(state, signed, mean, block, openings)
                 raise GaveUp(f"its mean of chunks [{block[0]}, {block[1]}) is wrong", None)
         elif first_hand and masks[block][reducer] and reducer not in openings:
-            raise GaveUp("it does not show its own vector", Fault.REFUSED)
+            raise GaveUp("it does not show its own vector", Fault.ABSENT)
 
 
 async def _ask(state: RoundState, peers: Peers, index: int, blocks: list[Block]) -> Shown:

@@ -143,7 +143,6 @@ async def receive_mean(
     link: Link,
     patience: Patience,
     now: Callable[[], float],
-    check: Callable[[MeanBatch], None] = lambda header: None,
 ) -> Result:
     """Take batches until the mean is whole; then the result that its bearer claims for it, unchecked.
 
@@ -159,7 +158,6 @@ async def receive_mean(
             raise Refused(f"{header.fault}: {header.detail}")
         if mean.rank is not None and mean.rank != header.rank:
             raise PeerFault(Fault.MALFORMED, f"a mean of rank {mean.rank} goes on as one of rank {header.rank}")
-        check(header)
         mean.rank = header.rank
         began = now()
         data = await stream.receive(mean.size_of(batch))

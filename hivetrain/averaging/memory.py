@@ -7,6 +7,7 @@ for it. `MemoryHub` connects transports; a `LinkScript` on a direction of a pair
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import selectors
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,7 @@ class MemoryTransport:
         self._hub = hub
         self._peer_id = peer_id
         self._acceptor: Acceptor | None = None
+        self._context = contextvars.copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: list[MemoryStream] = []
         self.alive = False
@@ -202,6 +204,7 @@ class MemoryTransport:
         if acceptor is not None and self._acceptor is not None:
             raise ValueError("this transport already has an acceptor")
         self._acceptor = acceptor
+        self._context = contextvars.copy_context()  # as in a process of its own, not in the opener's
 
     async def start(self) -> None:
         self._hub.attach(self)
@@ -222,7 +225,7 @@ class MemoryTransport:
     def accept(self, stream: MemoryStream) -> None:
         """Answer a stream that a peer opened."""
         self._streams.append(stream)
-        task = asyncio.ensure_future(self._answer(stream))
+        task = asyncio.get_running_loop().create_task(self._answer(stream), context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

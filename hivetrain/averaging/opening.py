@@ -13,10 +13,11 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from hivetrain.averaging.auditing import audit
+from hivetrain.averaging.fetching import Fetcher, require_fair
 from hivetrain.averaging.group import Member, Part
 from hivetrain.averaging.means import Mean, Refused, receive_mean
-from hivetrain.averaging.messages import Batch, Contribution, FetchReply, MeanBatch
-from hivetrain.averaging.peers import Peers, Unanswered
+from hivetrain.averaging.messages import Batch, Contribution
+from hivetrain.averaging.peers import Peers
 from hivetrain.averaging.reduction import Reduction
 from hivetrain.averaging.results import unpack_mask
 from hivetrain.averaging.signed import Signed
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
-POLL_S = 0.25
 
 
 class Opener:
@@ -38,6 +38,7 @@ class Opener:
         self._state = state
         self._signed = signed
         self._peers = peers
+        self._fetcher = Fetcher(state, signed, peers)
 
     async def see_through(self, holding: Holding) -> None:
         """Obtain a part, and again whenever it turns out to be void. Runs until it is cancelled.
@@ -69,12 +70,18 @@ class Opener:
                 holding.give_up(rank, why)
         holding.rank = plan.num_ranks
         holding.changed.notify()
-        mean_or_none = await self._collect(holding, plan.num_ranks, clock.fetch_close)
-        if mean_or_none is not None and not self._is_void(mean_or_none):
-            holding.take(mean_or_none)
+        last, _ = await self._fetcher.fetch(holding, plan.num_ranks, clock.fetch_close)
+        if last is not None and not self._is_void(last):
+            holding.take(last)
 
     def _is_void(self, mean: Mean) -> bool:
         return mean.result is not None and self._signed.is_void(mean.result)
+
+    def _includes_us(self, mean: Mean) -> bool:
+        members = self._state.plan.members
+        us = members.index(self._state.member)
+        runs = mean.result.masks if mean.result is not None else []
+        return not self._state.member.sends or all(unpack_mask(run.included, len(members))[us] for run in runs)
 
     async def _attempt(self, holding: Holding, rank: int) -> Mean:
         """The mean through the reducer of that rank.
@@ -87,12 +94,14 @@ class Opener:
         reducer = state.plan.reducer(part.index, rank)
         if reducer.hotkey != state.me.hotkey:
             mean = await self._bring(part, rank, reducer, until)
+            if mean.rank == rank and not self._includes_us(mean):
+                await self._fetcher.require_vouched(holding, mean)
+            await require_fair(state, mean)
             await audit(state, self._signed, self._peers, mean, first_hand=mean.rank == rank)
             return mean
         expected = {member.hotkey for member in state.plan.members} - state.banned
         if rank:
-            deniers: set[str] = set()
-            held = await self._collect(holding, rank, clock.now() + state.plan.patience_s, deniers)
+            held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + state.plan.patience_s / 2)
             if held is not None:
                 return held
             expected = (deniers | holding.parked | {state.me.hotkey}) - state.banned
@@ -138,17 +147,13 @@ class Opener:
     async def _exchange(self, stream: Stream, mean: Mean, rank: int, reducer: Member, until: float) -> Mean:
         state = self._state
 
-        def in_it(header: MeanBatch) -> None:
-            included = unpack_mask(header.included, len(state.plan.members))
-            if header.rank == rank and state.member.sends and not included[state.plan.members.index(state.member)]:
-                raise GaveUp("it leaves us out", Fault.ABSENT)
-
         sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
         try:
-            # A reducer may be waiting for a sender, itself with patience.
-            async with state.clock.patience(2 * state.plan.patience_s, until) as patience:
+            # A reducer waits with patience itself: for a sender, and before that, past rank 0, for who holds the part.
+            times = 3 if rank else 2
+            async with state.clock.patience(times * state.plan.patience_s, until) as patience:
                 link = state.link(reducer)
-                result = await receive_mean(stream, mean, link, patience, state.clock.now, in_it)
+                result = await receive_mean(stream, mean, link, patience, state.clock.now)
         except Refused as refused:
             raise GaveUp(f"it refused us: {refused}", Fault.ABSENT) from refused
         except TimeoutError as exc:
@@ -182,47 +187,6 @@ class Opener:
         except Exception as exc:
             if not state.crash.done():
                 state.crash.set_exception(exc)
-
-    # From anybody else
-
-    async def _collect(self, holding: Holding, rank: int, until: float, deniers: set[str] | None = None) -> Mean | None:
-        """Ask the others until one has given us the part, or nobody expects it from a reducer below ``rank`` any more.
-
-        What only the reducer itself holds does not count: everyone else gave it up. ``deniers`` gets the hotkeys of who
-        said "none".
-        """
-        state, clock, part = self._state, self._state.clock, holding.part
-        last = rank == state.plan.num_ranks
-        failed = {state.plan.reducer(part.index, r).hotkey for r in range(0 if last else rank)}
-        asked = [member for member in state.others if member.hotkey not in failed]
-        while True:
-            replies = await asyncio.gather(*(self._status(member, part, rank) for member in asked))
-            said = [(member, reply) for member, reply in zip(asked, replies, strict=True) if reply is not None]
-            holders = [
-                (reply.rank, member)
-                for member, reply in said
-                if reply.status == "have" and state.plan.reducer(part.index, reply.rank) != member
-            ]
-            for _, holder in sorted(holders, key=lambda pair: pair[0]):
-                try:
-                    mean = await self._peers.take(holder, part, rank, clock.fetch_close)
-                    await audit(state, self._signed, self._peers, mean, first_hand=False)
-                    return mean
-                except GaveUp as why:
-                    logger.info("part %d did not come from %s: %s", part.index, holder.hotkey, why)
-                    asked.remove(holder)
-            if deniers is not None:
-                deniers.update(member.hotkey for member, reply in said if reply.status == "none")
-            pending = any(reply.status == "pending" for _, reply in said)
-            if clock.now() >= clock.fetch_close or not (holders or (pending and clock.now() < until)):
-                return None
-            await asyncio.sleep(POLL_S)
-
-    async def _status(self, member: Member, part: Part, rank: int) -> FetchReply | None:
-        try:
-            return await self._peers.status(member, part, rank)
-        except Unanswered:
-            return None
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:

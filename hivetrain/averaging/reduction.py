@@ -49,7 +49,7 @@ class Sender:
         self.delivered = 0  # batches, those already averaged included
         self.lost_at: float | None = None  # by `Clock.awake`
         self.size_bytes, self.seconds = 0, 0.0  # read, and waited for
-        self.refusal: PeerFault | None = None
+        self.refusal: PeerFault | None = None  # why it gets nothing from us; who is only late gets the mean
 
 
 class Reduction:
@@ -69,6 +69,7 @@ class Reduction:
         self._patience_s = min(RECONNECT_GRACE_S, state.plan.patience_s) if rank else state.plan.patience_s
         self._deadline = self._vectors_until()
         self._arrived = Signal()
+        self.ended = asyncio.Event()
         self.mean = Mean(state.plan, state.store, part, rank)
         members = [m for m in state.plan.members if m.sends]
         self._senders = {m.hotkey: Sender(m, Status.AWAITED if m.hotkey in expected else Status.OUT) for m in members}
@@ -85,6 +86,17 @@ class Reduction:
         Raises:
             GaveUp: nobody's vector is in.
         """
+        try:
+            return await self._run()
+        finally:
+            self.ended.set()
+
+    @property
+    def present(self) -> set[str]:
+        """Hotkeys of the senders that are not given up."""
+        return {hotkey for hotkey, sender in self._senders.items() if sender.status is not Status.OUT}
+
+    async def _run(self) -> Mean:
         state, seed = self._state, rounding_seed(self._state.group_id)
         for index, (start, stop) in enumerate(self.mean.batches):
             await self._gather(index)
@@ -107,41 +119,41 @@ class Reduction:
     # Waiting
 
     async def _gather(self, index: int) -> None:
-        """Until every sender that is still in has brought batch ``index``."""
-        clock = self._state.clock
+        """Until every sender that is still in has brought batch ``index``, or had its time for it.
+
+        That time is the same whatever a sender does: who comes and goes, or sends a byte now and then, gets no more.
+        """
+        clock, began = self._state.clock, self._state.clock.awake() if index or self._rank else self._opened
         self._load_own(index)
         while waited := [s for s in self._senders.values() if s.status is not Status.OUT and s.delivered <= index]:
-            now = clock.now()
-            due = {sender.member.hotkey: self._wait_until(sender) for sender in waited}
-            for sender in waited:
-                if due[sender.member.hotkey] <= now:
+            now, awake = clock.now(), clock.awake()
+            due = [min(self._deadline, now + self._gives_up(sender, began) - awake) for sender in waited]
+            for sender, until in zip(waited, due, strict=True):
+                if until <= now:
                     self._leave_out(sender)
-            if min(due.values()) > now:
-                await self._arrived.wait(min(due.values()))
+            if min(due) > now:
+                await self._arrived.wait(min(due))
 
-    def _wait_until(self, sender: Sender) -> float:
-        """Loop time. A sender whose stream is being read has its reader's patience."""
-        clock = self._state.clock
-        if sender.status is Status.SENDING:
-            return self._deadline
-        if sender.lost_at is not None:
-            since, seconds = sender.lost_at, min(RECONNECT_GRACE_S, self._state.plan.patience_s)
-        else:
-            since, seconds = self._opened, self._patience_s
-        return min(self._deadline, clock.now() + since + seconds - clock.awake())
+    def _gives_up(self, sender: Sender, began: float) -> float:
+        """Until when a sender is waited for, by `Clock.awake`, where waiting for this batch began then."""
+        plan_s = self._state.plan.patience_s
+        if sender.lost_at is not None and sender.status is Status.AWAITED:
+            return min(began + plan_s, sender.lost_at + RECONNECT_GRACE_S)
+        return began + (self._patience_s if sender.status is Status.AWAITED else plan_s)
 
     def _leave_out(self, sender: Sender) -> None:
         total = len(self.mean.batches)
         detail = f"{sender.delivered} of {total} batches came in time"
         fault = Fault.LATE if sender.status is Status.SENDING else Fault.ABSENT
-        if sender.lost_at is not None:
+        if sender.lost_at is not None and sender.status is Status.AWAITED:
             detail = f"its link broke after {sender.delivered} of {total} batches"
         self._put_out(sender, PeerFault(fault, detail))
 
     def _put_out(self, sender: Sender, fault: PeerFault) -> None:
         if sender.status is Status.OUT:
             return
-        sender.status, sender.refusal = Status.OUT, fault
+        sender.status = Status.OUT
+        sender.refusal = None if fault.fault in (Fault.LATE, Fault.ABSENT) else fault
         sender.inbox.clear()
         self._state.blame(sender.member.hotkey, fault.fault, fault.detail, self._part.index)
         self._arrived.notify()
@@ -151,7 +163,7 @@ class Reduction:
         """Disregard a sender from here on."""
         sender = self._senders.get(hotkey)
         if sender is not None and sender.status is not Status.OUT:
-            sender.status, sender.refusal = Status.OUT, PeerFault(Fault.LATE, "banned for this round")
+            sender.status = Status.OUT
             sender.inbox.clear()
             self._arrived.notify()
             self.mean.grown.notify()
@@ -172,15 +184,18 @@ class Reduction:
     # Reading
 
     def admit(self, member: Member, first: int) -> Sender | None:
-        """Let a sender begin, or come back after its link broke, from batch ``first`` on. None: nothing is missing.
+        """Let a sender begin, or come back after its link broke, from batch ``first`` on.
+
+        Returns:
+            None where nothing is missing, or it comes too late: it only gets the mean.
 
         Raises:
-            PeerFault: not now, or not any more.
+            PeerFault: we do not serve it.
         """
         sender = self._senders[member.hotkey]
-        if sender.status is Status.OUT:
-            raise sender.refusal or PeerFault(Fault.LATE, "its turn is over")
-        if sender.status is Status.IN:
+        if sender.refusal is not None:
+            raise sender.refusal
+        if sender.status in (Status.IN, Status.OUT):
             return None
         if sender.status is Status.SENDING:
             raise PeerFault(Fault.LATE, "another stream of it is being read")
@@ -195,28 +210,22 @@ class Reduction:
         Raises:
             Nothing that is the sender's fault: that is recorded, and `refusal` then says what to tell it.
         """
-        clock, plan = self._state.clock, self._state.plan
         try:
-            async with clock.patience(plan.patience_s, self._deadline) as patience:
-                for index in range(first, len(self.mean.batches)):
-                    patience.hold()
-                    while index >= len(self.mean.masks) + WINDOW and sender.status is Status.SENDING:
-                        await self.mean.grown.wait()
-                    patience.feed()
-                    await self._read_batch(stream, sender, index)
-                    if sender.status is not Status.SENDING:
-                        return
-                sender.status = Status.IN
-        except TimeoutError:
+            for index in range(first, len(self.mean.batches)):
+                while index >= len(self.mean.masks) + WINDOW and sender.status is Status.SENDING:
+                    await self.mean.grown.wait()
+                if sender.status is not Status.SENDING:
+                    return
+                await self._read_batch(stream, sender, index)
             if sender.status is Status.SENDING:
-                self._leave_out(sender)
+                sender.status = Status.IN
         except LinkLost:
             pass
         except PeerFault as fault:
             self._put_out(sender, fault)
         finally:
             if sender.status is Status.SENDING:
-                sender.status, sender.lost_at = Status.AWAITED, clock.awake()
+                sender.status, sender.lost_at = Status.AWAITED, self._state.clock.awake()
             self._arrived.notify()
 
     async def _read_batch(self, stream: Stream, sender: Sender, index: int) -> None:

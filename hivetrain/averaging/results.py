@@ -52,6 +52,16 @@ def mask_at(result: Result, chunk: int, num_members: int) -> tuple[bool, ...]:
     return unpack_mask(run.included, num_members)
 
 
+def weight_in(result: Result, plan: GroupPlan, part: Part) -> float:
+    """Weight of the members that are in a result, on average over the part's chunks."""
+    start, total = part.start, 0.0
+    for run in result.masks:
+        included = unpack_mask(run.included, len(plan.members))
+        total += (run.stop - start) * sum(m.weight for m, is_in in zip(plan.members, included, strict=True) if is_in)
+        start = run.stop
+    return total / (part.stop - part.start)
+
+
 def result_message(group_id: str, part: int, rank: int, masks: Sequence[MaskRun], root: bytes) -> bytes:
     """What a reducer signs."""
     runs = [[run.stop, run.included] for run in masks]

@@ -193,7 +193,9 @@ class Server:
         state, holding = self._state, self._state.holdings.get(request.part)
         mean = holding.mean if holding is not None else None
         if holding is None or mean is None or mean.rank is None:
-            pending = holding is not None and not holding.settled and holding.rank < request.rank
+            pending = (
+                holding is not None and not holding.settled and not holding.doubted and holding.rank < request.rank
+            )
             await stream.send(FetchReply(status="pending" if pending else "none", rank=0).to_bytes())
             return
         if request.take:

@@ -70,6 +70,7 @@ class Holding:
         parked: hotkeys that wait for our turn to come.
         given_up: by rank, why.
         settled: the mean is here, or will not come.
+        doubted: a mean is here that we take only if somebody else does.
         abandoned: set when nothing can come of the present rank.
         reopened: set when what was settled is not any more.
         changed: notified when ``mean``, ``reduction`` or ``rank`` has changed.
@@ -83,6 +84,7 @@ class Holding:
         self.parked: set[str] = set()
         self.given_up: dict[int, GaveUp] = {}
         self.settled = False
+        self.doubted = False
         self.reopenings = 0
         self.abandoned = asyncio.Event()
         self.reopened = asyncio.Event()

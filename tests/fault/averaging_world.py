@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
+from hivetrain.averaging.codecs import get_codec
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
+from hivetrain.averaging.reducing import rounding_seed
 from hivetrain.errors import ServiceError
 from hivetrain.verification.merkle import MerkleTree
 from tests.keys import TestIdentity as Key
 from tests.keys import verify
 
 torch.set_num_threads(1)
+
+RUNNING: contextvars.ContextVar[int] = contextvars.ContextVar("RUNNING")
+"""The member whose code runs: what a test patches can misbehave for that one alone."""
 
 SIZES = {"delta": 3 * 4096 + 100, "exp_avg": 2 * 4096, "exp_avg_sq": 2 * 4096 + 7}
 
@@ -43,6 +50,8 @@ class World:
     deadline_s: float = 60.0
     max_abs: float = 1e3
     scale: int = 1
+    stall_s: float | None = None
+    audit_blocks: int = 2
     reducers: Sequence[int] | None = None
     vectors: list[dict[str, Tensor]] = field(default_factory=list)
     roots: dict[int, bytes] = field(default_factory=dict)
@@ -51,8 +60,13 @@ class World:
         self.layout = make_layout(self.codec, self.scale)
         self.hub = MemoryHub()
         self.keys = [Key(i + 1) for i in range(self.num_senders + self.num_validators)]
+        self.dying: asyncio.Event
         if not self.vectors:
             self.vectors = [random_vectors(i, self.layout) for i in range(self.num_senders)]
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Payloads and plan for the vectors as they are."""
         self.payloads: list[bytes | None] = [self.layout.encode(v, seed=0) for v in self.vectors]
         self.payloads += [None] * self.num_validators
         self.plan = GroupPlan(
@@ -64,6 +78,8 @@ class World:
             send_deadline_s=self.send_deadline_s,
             deadline_s=self.deadline_s,
             max_abs=self.max_abs,
+            stall_s=self.stall_s,
+            audit_blocks=self.audit_blocks,
         )
 
     def _member(self, index: int) -> Member:
@@ -88,16 +104,15 @@ class World:
     def mean(self, senders: Sequence[int]) -> dict[str, Tensor]:
         """The definition, in plain torch: in order, multiply, add, divide, then what the codec keeps of it."""
         total = sum(torch.tensor(self.plan.members[i].weight) for i in senders)
+        codec, seed, chunk = get_codec(self.codec), rounding_seed(self.plan.group_id()), 0
         means = {}
         for section in self.layout.sections:
             acc = torch.zeros(section.num_elements)
             for i in senders:
-                sent = self.vectors[i][section.name]
-                if self.codec == "fp16":
-                    sent = sent.half().float()
+                sent = codec.decode(codec.encode(self.vectors[i][section.name], chunk), section.num_elements)
                 acc = acc + sent * self.plan.members[i].weight
-            mean = acc / total
-            means[section.name] = mean.half().float() if self.codec == "fp16" else mean
+            means[section.name] = codec.decode(codec.encode(acc / total, seed + chunk), section.num_elements)
+            chunk += -(-section.num_elements // 4096)
         return means
 
     def run(
@@ -131,6 +146,7 @@ class World:
         return run_in_virtual_time(main())
 
     async def member_round(self, index: int, transport: MemoryTransport) -> AllReduceOutcome:
+        RUNNING.set(index)
         try:
             return await all_reduce(self.plan, self.keys[index], self.payloads[index], transport, verify)
         except asyncio.CancelledError:
@@ -157,3 +173,34 @@ def assert_mean(world: World, outcomes: dict[int, AllReduceOutcome], senders: Se
 def blamed(outcome: AllReduceOutcome) -> set[tuple[str, str]]:
     """Whom one node blames for what."""
     return {(record.hotkey, record.fault.value) for record in outcome.faults}
+
+
+def chunks_of(world: World, vectors: dict[str, Tensor]) -> list[Tensor]:
+    """Every chunk's values, in order."""
+    return [piece for section in world.layout.sections for piece in vectors[section.name].split(4096)]
+
+
+def assert_each_chunk_is_a_mean(
+    world: World, outcomes: dict[int, AllReduceOutcome], *choices: Sequence[int]
+) -> dict[int, set[int]]:
+    """Everyone holds the same bits, each chunk the mean of one of ``choices``, and says truly of which.
+
+    Returns:
+        By choice, the chunks that are its mean.
+    """
+    assert_same_bits(outcomes)
+    means = [chunks_of(world, world.mean(choice)) for choice in choices]
+    first = next(iter(outcomes.values()))
+    found: dict[int, set[int]] = {i: set() for i in range(len(choices))}
+    for chunk, values in enumerate(chunks_of(world, first.vectors)):
+        choice = next((i for i, mean in enumerate(means) if torch.equal(mean[chunk], values)), None)
+        assert choice is not None, f"chunk {chunk} is no mean of {choices}"
+        found[choice].add(chunk)
+    for index, outcome in outcomes.items():
+        assert outcome.complete
+        counts = [len(found[i]) * (index in choice) for i, choice in enumerate(choices)]
+        assert sum(stop - start for start, stop in outcome.own_included) == sum(counts)
+        for i in range(world.num_senders):
+            share = sum(len(found[j]) for j, choice in enumerate(choices) if i in choice) / world.layout.num_chunks
+            assert outcome.included[world.hotkey(i)] == pytest.approx(share)
+    return found

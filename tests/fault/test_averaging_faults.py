@@ -16,8 +16,9 @@ from averaging_world import World, assert_mean, assert_same_bits, blamed, verify
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
 from hivetrain.averaging.handshake import open_handshake
 from hivetrain.averaging.memory import MemoryHub, VirtualTimeLoop, run_in_virtual_time
-from hivetrain.averaging.messages import Fetch, FetchReply, Result, receive, result_message
-from hivetrain.averaging.outcome import proves_two_averages
+from hivetrain.averaging.messages import Fetch, FetchReply, Result, receive
+from hivetrain.averaging.proofs import proves_two_averages
+from hivetrain.averaging.results import result_message
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import ServiceError
 
@@ -225,7 +226,7 @@ def test_bytes_that_are_not_the_committed_ones_count_as_not_sent(change: Callabl
 )
 def test_wrong_block_headers_count_as_not_sent(field: str, value: object, fault: str) -> None:
     world = make_world(reducers=[0, 1, 3])
-    rewrite_all(world, change_message("block", {field: value}))
+    rewrite_all(world, change_message("batch", {field: value}))
     outcomes = world.run()
     assert_mean(world, outcomes, [0, 1])
     assert_only_bad_is_blamed(world, outcomes, fault)
