@@ -59,10 +59,11 @@ class Peer(Protocol):
 class OurPeer:
     """`hivetrain.averaging` over a real `Swarm`."""
 
-    def __init__(self, index: int, num_peers: int, bulk: bool) -> None:
+    def __init__(self, index: int, bulk: bool = True, keep: bool = True) -> None:
+        """``keep``: the memory that the mean lands in is kept from round to round, as hivemind and gloo keep theirs."""
         from tests.keys import TestIdentity
 
-        self._index, self._bulk = index, bulk
+        self._index, self._bulk, self._keep = index, bulk, keep
         self._key = TestIdentity(index + 1)
 
     async def join(self, first: Reply | None, swarm: Reply) -> Reply:
@@ -81,6 +82,7 @@ class OurPeer:
         self._payload: bytes | None = None
         vectors = {name: base_vector(n) * (self._index + 1) for name, n, _ in specs}
         self._payload = self._layout.encode(vectors, seed=0)
+        self._memory = bytearray(self._layout.size_bytes) if self._keep else None
         self._tree = MerkleTree(self._layout.chunk_digests(self._payload))  # a miner has it since it committed
         root = self._tree.root.hex()
         peer_id, maddrs = self._swarm.peer_id, self._swarm.visible_maddrs()
@@ -116,7 +118,7 @@ class OurPeer:
         from hivetrain.averaging.butterfly import all_reduce
         from tests.keys import verify
 
-        outcome = await all_reduce(self._plan, self._key, self._payload, self._swarm, verify, self._tree)
+        outcome = await all_reduce(self._plan, self._key, self._payload, self._swarm, verify, self._tree, self._memory)
         if not outcome.complete or outcome.faults:
             raise RuntimeError(f"missing {outcome.missing_parts}, faults {outcome.faults}")
         return outcome.vectors
@@ -293,8 +295,9 @@ def _free_port() -> int:
 
 
 KINDS: dict[str, Callable[[int, int], Peer]] = {
-    "ours": lambda index, num_peers: OurPeer(index, num_peers, bulk=True),
-    "ours, libp2p only": lambda index, num_peers: OurPeer(index, num_peers, bulk=False),
+    "ours": lambda index, num_peers: OurPeer(index),
+    "ours, fresh memory": lambda index, num_peers: OurPeer(index, keep=False),
+    "ours, libp2p only": lambda index, num_peers: OurPeer(index, bulk=False),
     "hivemind": HivemindPeer,
     "gloo": GlooPeer,
 }

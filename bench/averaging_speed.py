@@ -5,7 +5,8 @@
 Every peer is a process of its own (`bench.averaging_peer`), and a round of each way is run by turns. What is timed is
 the all-reduce from a group that has met to the last member's mean: hivemind's matchmaking and our plan come before.
 Ours checks every chunk against the sender's committed root and encrypts and signs what it sends; hivemind encrypts;
-gloo does none of these. CPU and memory are those of a peer's Python processes and its libp2p daemon together.
+gloo does none of these. CPU and memory are those of a peer's Python processes and its libp2p daemon together. The mean
+lands in memory that is kept from round to round, as hivemind's and gloo's does; with "fresh memory" the round's own.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import psutil
 from bench.averaging_peer import Spec
 from bench.harness import Claim, arguments, at_least, at_most, ratio_of_medians, report, table
 
-KINDS = ("ours", "hivemind", "gloo")
+FRESH = "ours, fresh memory"
+KINDS = ("ours", FRESH, "hivemind", "gloo")
 MAX_ERROR = 1e-5
-MEMORY_PER_PEER = {"ours": 3, "hivemind": 9, "gloo": 3}  # times the vector, at most
+MEMORY_PER_PEER = 20  # times the vector, at most, over the four kinds
 BYTES_PER_PROCESS = 600e6
 
 
@@ -158,7 +160,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 def fits(num_peers: int, num_elements: int) -> bool:
     """Whether all kinds' peers fit into the memory that is free now."""
-    vectors = sum(MEMORY_PER_PEER.values()) * 4 * num_elements
+    vectors = MEMORY_PER_PEER * 4 * num_elements
     available = int(psutil.virtual_memory().available)
     return num_peers * (vectors + 4 * BYTES_PER_PROCESS) < available
 
@@ -215,11 +217,11 @@ def run(quick: bool) -> list[Claim]:
             )
         if num_peers == 4 and (100, "ours") in results:
             ours, name = results[100, "ours"], "100 MB fp32, 4 peers"
-            peak = statistics.median(one.peak_mb for one in ours)
+            peak = statistics.median(one.peak_mb for one in results[100, FRESH])
             claims += [
                 at_least(f"{name}: hivemind's seconds over ours", _over(results[100, "hivemind"], ours), 5.0),
                 at_most(f"{name}: our seconds over gloo's", _over(ours, results[100, "gloo"]), 2.0),
-                at_most(f"{name}: our peak memory above the level before, MB", peak, 100 + 64),
+                at_most(f"{name}: our peak memory above the level before, fresh memory, MB", peak, 100 + 64),
             ]
     columns = ("all-reduce", "seconds", "over ours", "CPU s per peer", "peak MB above the level before")
     table("All-reduce on loopback, medians", columns, rows)
