@@ -51,6 +51,7 @@ async def all_reduce(
     transport: Transport,
     verify: Verify,
     tree: MerkleTree | None = None,
+    memory: bytearray | None = None,
 ) -> AllReduceOutcome:
     """Average ``payload`` with the group's, by the plan's deadline at the latest.
 
@@ -61,6 +62,8 @@ async def all_reduce(
         transport: started, with no acceptor; it is ours until we return.
         verify: checks the other members' signatures.
         tree: over the payload's chunks, where it is at hand; otherwise they are hashed once more.
+        memory: as many bytes as the layout's, which the caller keeps from round to round; the outcome's fp32 vectors
+            are views on it. None: memory of this round's own.
 
     Returns:
         The mean as far as this node holds it, and what it saw. `vectors` have the same bits on every member whose
@@ -70,7 +73,7 @@ async def all_reduce(
         ValueError: the plan is not for us.
         ServiceError: our own transport broke, or reached nobody.
     """
-    state = RoundState(plan, me, payload, transport, verify, tree)
+    state = RoundState(plan, me, payload, transport, verify, tree, memory)
     signed = Signed(state)
     peers = Peers(state, signed)
     agreement = Agreement(state, signed, peers)

@@ -131,6 +131,7 @@ class RoundState:
         transport: Transport,
         verify: Verify,
         tree: MerkleTree | None = None,
+        memory: bytearray | None = None,
     ) -> None:
         member = plan.member(me.hotkey)
         if member is None:
@@ -146,7 +147,7 @@ class RoundState:
         self.payload = payload
         self.tree = _committed_tree(plan, member, payload, tree)
         self.clock = Clock(plan)
-        self.store = MeanStore(plan.layout)
+        self.store = MeanStore(plan.layout, memory)
         self.holdings = {part.index: Holding(part) for part in plan.parts() if part.start < part.stop}
         self.ledger = Ledger({m.hotkey: Link() for m in plan.members if m.hotkey != me.hotkey})
         self.met: set[str] = set()  # hotkeys that proved themselves on any stream

@@ -1,5 +1,8 @@
 """Hivemind's peer-to-peer layer: its DHT for discovery, its libp2p daemon for identity, encryption and reach.
 
+Every stream begins in libp2p, which proves who is at the other end. Frames then move to a TCP connection of their own
+where one peer can dial the other (`upgrade`, `bulk`), and stay on the libp2p stream where not: through NATs and relays.
+
 The only module that imports hivemind, and lazily: the import takes seconds. Everything runs inside the caller's event
 loop, with no process of hivemind's own but the libp2p daemon. The daemon ends with us however we end, `kill -9`
 included: it exits when the connection over which it is controlled closes.
@@ -12,62 +15,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hivetrain.averaging.codecs import Bytes
-from hivetrain.averaging.transport import FRAME_LENGTH_BYTES, MAX_FRAME_BYTES, Acceptor, LinkLost, Stream
-from hivetrain.errors import ConfigError, Fault, PeerFault, ServiceError
+from hivetrain.averaging.addresses import (
+    announced_endpoints,
+    dial_source,
+    ip_hosts,
+    listen_endpoints,
+    parse_endpoint,
+)
+from hivetrain.averaging.bulk import BulkStream, Sealer
+from hivetrain.averaging.bulk_listener import BulkListener, Endpoint
+from hivetrain.averaging.libp2p_stream import LibP2PStream
+from hivetrain.averaging.transport import Acceptor, LinkLost, Stream, Traffic
+from hivetrain.averaging.upgrade import Reach, Upgrade, answer_upgrade, offer_upgrade
+from hivetrain.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "/hivetrain/all-reduce/1"
+PROTOCOL = "/hivetrain/all-reduce/2"
 STARTUP_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 DHT_TIMEOUT_S = 15.0
 MAX_VALUE_BYTES = 16 << 10
 MAX_VALUES = 1024
-
-
-class SwarmStream:
-    """A libp2p stream: frames of a 4-byte big-endian length and that many bytes."""
-
-    def __init__(self, remote_peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._remote_peer_id = remote_peer_id
-        self._reader = reader
-        self._writer = writer
-
-    @property
-    def remote_peer_id(self) -> str:
-        return self._remote_peer_id
-
-    async def send(self, frame: Bytes) -> None:
-        if len(frame) > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
-        try:
-            self._writer.write(len(frame).to_bytes(FRAME_LENGTH_BYTES, "big"))
-            self._writer.write(frame)
-            await self._writer.drain()
-        except (ConnectionError, OSError, RuntimeError) as exc:  # RuntimeError: the transport is closing
-            raise LinkLost(f"the stream to {self._remote_peer_id} ended while we sent: {exc}") from exc
-
-    async def receive(self, max_bytes: int) -> bytes:
-        try:
-            size = int.from_bytes(await self._reader.readexactly(FRAME_LENGTH_BYTES), "big")
-            if size > min(max_bytes, MAX_FRAME_BYTES):
-                raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
-            return await self._reader.readexactly(size)
-        except (asyncio.IncompleteReadError, ConnectionError, OSError) as exc:
-            raise LinkLost(f"the stream to {self._remote_peer_id} ended: {exc}") from exc
-
-    async def close(self) -> None:
-        with contextlib.suppress(Exception):  # it is over, however it ends
-            self._writer.close()
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._writer.wait_closed()
+UNDIALABLE_S = 60.0  # so long nobody dials a peer again that answered at no address
+MAX_NEGOTIATIONS = 64  # that one peer may have under way with us
 
 
 class Swarm:
@@ -78,7 +57,11 @@ class Swarm:
         host_maddrs: where to listen.
         announce_maddrs: what to tell others, where that differs from ``host_maddrs`` (behind a NAT).
         identity_path: file of our libp2p key; created if missing. None: a new peer id at every start.
-        client_mode: answer no DHT queries (behind a NAT that cannot be reached).
+        client_mode: answer no DHT queries, and be dialled by nobody (behind a NAT that cannot be reached).
+        bulk: move frames to TCP connections of their own where that works.
+        bulk_port: where those arrive; None: any port where ``host_maddrs`` names port 0, else 1,000 past the one that
+            it names. Behind a NAT this port must be forwarded like libp2p's.
+        announce_bulk: ``address:port`` to tell others; empty: as ``announce_maddrs`` says, 1,000 past its ports.
     """
 
     def __init__(
@@ -88,17 +71,30 @@ class Swarm:
         announce_maddrs: Sequence[str] | None = None,
         identity_path: str | Path | None = None,
         client_mode: bool = False,
+        bulk: bool = True,
+        bulk_port: int | None = None,
+        announce_bulk: Sequence[str] = (),
     ) -> None:
         self._initial_peers = list(initial_peers)
         self._host_maddrs = list(host_maddrs)
         self._announce_maddrs = list(announce_maddrs) if announce_maddrs else None
         self._identity_path = str(identity_path) if identity_path is not None else None
         self._client_mode = client_mode
+        self._bulk = bulk
+        self._bulk_port = bulk_port
+        self._announce_bulk = [parse_endpoint(endpoint) for endpoint in announce_bulk]
         self._acceptor: Acceptor | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._p2p: Any = None
         self._node: Any = None
         self._maddrs: list[str] = []
+        self._listener: BulkListener | None = None
+        self._reach: Reach | None = None
+        self._links: set[BulkStream] = set()
+        self._undialable: dict[str, float] = {}  # peer id: loop time from which it may be dialled again
+        self._negotiating: Counter[str] = Counter()
+        self.bulk_traffic = Traffic()
+        self.libp2p_traffic = Traffic()
 
     @property
     def peer_id(self) -> str:
@@ -153,6 +149,7 @@ class Swarm:
             )
             await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
             self._maddrs = [str(maddr) for maddr in await self._p2p.get_visible_maddrs()]
+            self._reach = self._start_bulk()
         except (FileNotFoundError, PermissionError) as exc:
             raise ConfigError(f"the identity file {self._identity_path} cannot be used: {exc}") from exc
         except (hivemind.P2PDaemonError, RuntimeError, OSError, ValueError, TimeoutError) as exc:
@@ -161,7 +158,26 @@ class Swarm:
                 f"cannot join the swarm{where}: {exc}. Is one of these peers up and reachable from here, "
                 f"and is {', '.join(self._host_maddrs)} free to listen on?"
             ) from exc
-        logger.info("swarm: peer_id=%s seconds=%.2f maddrs=%s", self.peer_id, time.monotonic() - began, self._maddrs)
+        seconds, endpoints = time.monotonic() - began, self._reach.endpoints
+        logger.info("swarm: peer_id=%s seconds=%.2f maddrs=%s bulk=%s", self.peer_id, seconds, self._maddrs, endpoints)
+
+    def _start_bulk(self) -> Reach:
+        wanted = listen_endpoints(self._host_maddrs, self._bulk_port)
+        endpoints: list[Endpoint] = []
+        if self._bulk and wanted and not self._client_mode:
+            self._listener = BulkListener(wanted)
+            self._listener.start()
+            forwarded = self._announce_maddrs is not None
+            endpoints = self._announce_bulk or announced_endpoints(
+                self._maddrs, wanted, self._listener.bound, forwarded
+            )
+        return Reach(
+            peer_id=self.peer_id,
+            listener=self._listener,
+            endpoints=endpoints,
+            source=dial_source(self._host_maddrs),
+            may_dial=self._bulk,
+        )
 
     async def close(self) -> None:
         """Leave the swarm and end the daemon."""
@@ -169,6 +185,11 @@ class Swarm:
         for task in self._answering:
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
+        for link in list(self._links):
+            link.end()
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
         if p2p is None:
             return
         child = p2p._child
@@ -198,26 +219,75 @@ class Swarm:
                 peer = hivemind.PeerID.from_base58(peer_id)
                 await p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
                 info, reader, writer = await p2p.call_binary_stream_handler(peer, PROTOCOL)
+                return await self._upgrade(info, reader, writer, maddrs)
         except Exception as exc:  # addresses are a stranger's: whatever they make the client raise, it is not reached
             if not self.alive:
                 raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
             raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
-        return SwarmStream(info.peer_id.to_base58(), reader, writer)
+
+    async def _upgrade(
+        self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, maddrs: Sequence[str] | None
+    ) -> BulkStream | LibP2PStream:
+        """The stream on the path that both ends agree on. ``maddrs``: where we opened it to; None: it was accepted."""
+        reach, now = self._reach, asyncio.get_running_loop().time()
+        if reach is None:
+            raise LinkLost("this swarm has not started yet")
+        stream = LibP2PStream(info.peer_id.to_base58(), reader, writer)
+        peer_id = stream.remote_peer_id
+        hosts = ip_hosts([str(info.addr), *(maddrs or ())])
+        try:
+            if maddrs is None:
+                agreed = await answer_upgrade(stream, reach, hosts)
+            else:
+                agreed = await offer_upgrade(stream, reach, hosts, self._undialable.get(peer_id, 0.0) <= now)
+        except BaseException:
+            await stream.close()
+            raise
+        if agreed.unreachable:
+            self._undialable = {peer: until for peer, until in self._undialable.items() if until > now}
+            self._undialable[peer_id] = now + UNDIALABLE_S
+        logger.debug("swarm: frames of %s go by %s", peer_id, "libp2p" if agreed.sock is None else "bulk")
+        if agreed.sock is None:
+            return LibP2PStream(peer_id, reader, writer, self.libp2p_traffic)
+        link = self._own(peer_id, agreed.sock, agreed)
+        try:
+            await stream.close()
+        except BaseException:
+            link.end()
+            raise
+        return link
+
+    def _own(self, peer_id: str, sock: socket.socket, agreed: Upgrade) -> BulkStream:
+        outgoing, incoming = Sealer(agreed.outgoing), Sealer(agreed.incoming)
+        link = BulkStream(peer_id, sock, outgoing, incoming, self.bulk_traffic, self._links.discard)
+        self._links.add(link)
+        return link
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = SwarmStream(info.peer_id.to_base58(), reader, writer)
+        peer_id = info.peer_id.to_base58()
         task = asyncio.current_task()
-        if self._acceptor is None or task is None:
-            await stream.close()
+        if self._acceptor is None or task is None or self._negotiating[peer_id] >= MAX_NEGOTIATIONS:
+            await LibP2PStream(peer_id, reader, writer).close()
             return
         self._answering.add(task)
+        stream: Stream | None = None
         try:
-            await self._acceptor(stream)
+            self._negotiating[peer_id] += 1
+            try:
+                stream = await self._upgrade(info, reader, writer, None)
+            finally:
+                self._negotiating[peer_id] -= 1
+                self._negotiating += Counter()  # forget who has none
+            if self._acceptor is not None:
+                await self._acceptor(stream)
+        except LinkLost as exc:
+            logger.debug("swarm: a stream of %s ended before it began: %s", peer_id, exc)
         except Exception:  # the boundary: one stream must not end the node
-            logger.exception("swarm: a stream of %s failed", stream.remote_peer_id)
+            logger.exception("swarm: a stream of %s failed", peer_id)
         finally:
             self._answering.discard(task)
-            await stream.close()
+            if stream is not None:
+                await stream.close()
 
     async def store(self, key: str, subkey: str, value: bytes, expires_in_s: float) -> bool:
         """Store ``value`` under ``key`` and ``subkey`` for so long. Returns whether a node took it.

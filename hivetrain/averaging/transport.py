@@ -8,6 +8,7 @@ length is checked before anything is allocated for it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from hivetrain.averaging.codecs import Bytes
@@ -15,6 +16,15 @@ from hivetrain.errors import Fault, PeerFault
 
 MAX_FRAME_BYTES = 8 << 20
 FRAME_LENGTH_BYTES = 4  # big-endian, before every frame
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one kind of path has carried so far: frames' bytes, and streams."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    streams: int = 0
 
 
 class LinkLost(PeerFault):

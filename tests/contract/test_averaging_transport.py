@@ -37,19 +37,40 @@ async def memory_pair() -> AsyncIterator[Pair]:
 
 
 @contextlib.asynccontextmanager
-async def swarm_pair() -> AsyncIterator[Pair]:
-    one = Swarm([], ["/ip4/127.0.0.1/tcp/0"])
-    await one.start()
-    two = Swarm(one.visible_maddrs(), ["/ip4/127.0.0.1/tcp/0"])
+async def swarm_pair(bulk: bool, client_mode: bool = False) -> AsyncIterator[Pair]:
+    """``client_mode``: of the one who accepts."""
+    first = Swarm([], ["/ip4/127.0.0.1/tcp/0"], bulk=bulk)
+    await first.start()
+    opened = [first]
     try:
-        await two.start()
+        one = two = Swarm(first.visible_maddrs(), ["/ip4/127.0.0.1/tcp/0"], bulk=bulk, client_mode=client_mode)
+        opened.append(one)
+        await one.start()
+        if client_mode:
+            two = first
+        else:
+            two = Swarm(first.visible_maddrs(), ["/ip4/127.0.0.1/tcp/0"], bulk=bulk)
+            opened.append(two)
+            await two.start()
         yield one, two, one.visible_maddrs()
+        for swarm in (one, two):
+            used, unused = swarm.bulk_traffic, swarm.libp2p_traffic
+            if not bulk:
+                used, unused = unused, used
+            assert used.bytes_sent > 1 << 20
+            assert used.bytes_received > 1 << 20
+            assert unused.bytes_sent == unused.bytes_received == 0
     finally:
-        await two.close()
-        await one.close()
+        for swarm in reversed(opened):
+            await swarm.close()
 
 
-PAIRS = {"memory": memory_pair, "swarm": swarm_pair}
+PAIRS = {
+    "memory": memory_pair,
+    "swarm over libp2p": lambda: swarm_pair(bulk=False),
+    "swarm over bulk": lambda: swarm_pair(bulk=True),
+    "swarm that dials back": lambda: swarm_pair(bulk=True, client_mode=True),
+}
 Check = Callable[[Transport, Transport, list[str]], Coroutine[None, None, None]]
 
 
@@ -183,7 +204,11 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("name", PAIRS)
+SLOW = {"swarm over libp2p", "swarm that dials back"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAIRS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_transport_keeps_its_contract(name: str) -> None:
     async def main() -> None:
         async with PAIRS[name]() as (here, there, maddrs):
