@@ -45,6 +45,7 @@ from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ
 
 NUM_MINERS = 3
 NUM_STEPS = 600
+QUICK_STEPS = 200
 RATES = (4e-3, 8e-3, 1.6e-2)
 USUAL_RATE = 8e-3
 RANDOM_RATES = (4e-3, 6e-3)  # the best of `bench.loss`
@@ -73,14 +74,14 @@ def _setting(inner_steps: int, delta: str, exp_avg: str, exp_avg_sq: str) -> Set
     return Setting(inner_steps=inner_steps, delta=delta, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
-FOR_150 = _setting(50, "int2", "int2", "log4")
-FOR_600 = _setting(150, "int2", "sign", "log4")
+FOR_150 = _setting(50, "int2", "int4", "log4")
+FOR_600 = _setting(200, "int2", "int4", "log4")
 OTHERS = (
     _setting(50, "fp32", "fp32", "fp32"),
-    _setting(50, "int8", "int8", "log8"),
-    _setting(50, "int4", "int4", "log4"),
-    _setting(50, "sign", "sign", "log4"),
-    _setting(150, "fp32", "fp32", "fp32"),
+    _setting(50, "sign", "int4", "log4"),
+    _setting(50, "int2", "int2", "log4"),
+    _setting(100, "int2", "int4", "log4"),
+    _setting(200, "fp32", "fp32", "fp32"),
 )
 
 
@@ -264,10 +265,10 @@ def full_arms(folder: Path, run_jobs: RunJobs) -> tuple[list[Arm], list[Arm]]:
 
 
 def quick_arms(folder: Path, run_jobs: RunJobs) -> tuple[list[Arm], list[Arm]]:
-    """One seed, one rate, half the steps, nothing beside what is claimed."""
+    """One seed, one rate, a third of the steps, nothing beside what is claimed."""
     return run_jobs(
         [
-            Job(folder=folder, seed=0, lr=USUAL_RATE, setting=setting, num_steps=NUM_STEPS // 2)
+            Job(folder=folder, seed=0, lr=USUAL_RATE, setting=setting, num_steps=QUICK_STEPS)
             for setting in (FOR_150, FOR_600, None)
         ]
     ), []
@@ -301,7 +302,11 @@ def run(quick: bool) -> list[Claim]:
         list(pool.map(pretrain_base, [folder] * seeds, range(seeds), [base_steps] * seeds))
 
         def run_jobs(jobs: Sequence[Job]) -> list[Arm]:
-            return list(pool.map(run_job, jobs))
+            arms = []
+            for arm in pool.map(run_job, jobs):
+                print(f"{arm.job.setting or 'reference'}, seed {arm.job.seed}, rate {arm.job.lr:g}: {arm.loss:.4f}")
+                arms.append(arm)
+            return arms
 
         arms, random_start = (quick_arms if quick else full_arms)(folder, run_jobs)
     show("Adapters on a pretrained base", arms)

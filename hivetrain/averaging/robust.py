@@ -30,8 +30,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Mean = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
-"""``mean(vectors, weights)``: n >= 1 finite float32 vectors [B] and their weights > 0 to one new vector [B]."""
+Combine = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+"""``combine(vectors, weights)``: n >= 1 finite float32 vectors [B] and their weights > 0 to one new vector [B]."""
 
 CLIP_ITERATIONS = 3
 
@@ -39,7 +39,7 @@ _Array = npt.NDArray[np.float32]
 
 
 def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum(w * x) / sum(w)`` in the given order: float32, the shape of each vector. At least one vector."""
+    """``(w_0 * x_0 + w_1 * x_1 + ...) / (w_0 + w_1 + ...)`` in the given order: float32, the shape of each vector."""
     return torch.from_numpy(_weighted_mean([vector.numpy() for vector in vectors], weights))
 
 
@@ -92,10 +92,12 @@ def num_trimmed(num_members: int) -> int:
 
 
 def _weighted_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array:
-    mean = np.zeros(arrays[0].shape, dtype=np.float32)
-    total = np.float32(0.0)
-    for array, weight in zip(arrays, weights, strict=True):
-        np.add(mean, np.multiply(array, np.float32(weight)), out=mean)
+    mean = np.multiply(arrays[0], np.float32(weights[0]))
+    scratch = np.empty_like(mean)
+    total = np.float32(weights[0])
+    for array, weight in zip(arrays[1:], weights[1:], strict=True):
+        np.multiply(array, np.float32(weight), out=scratch)
+        np.add(mean, scratch, out=mean)
         total = np.float32(total + np.float32(weight))
     return np.divide(mean, total, out=mean)
 
@@ -146,7 +148,7 @@ def _low_median(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
-_MEANS: dict[str, Mean] = {
+_MEANS: dict[str, Combine] = {
     "mean": weighted_mean,
     "norm_bound": norm_bound,
     "trimmed_mean": trimmed_mean,
@@ -156,8 +158,8 @@ _MEANS: dict[str, Mean] = {
 MEAN_NAMES = tuple(_MEANS)
 
 
-def get_mean(name: str) -> Mean:
-    """The mean of that name.
+def get_mean(name: str) -> Combine:
+    """The function of that name.
 
     Raises:
         ValueError: there is none; names those that exist.
