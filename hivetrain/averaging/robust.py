@@ -49,11 +49,7 @@ def norm_bound(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Of two middle norms the smaller counts, so that of two members the longer is bound to the shorter. It stops who
     shouts; it does not stop who points the wrong way.
     """
-    arrays = [vector.numpy() for vector in vectors]
-    norms = [_norm(array) for array in arrays]
-    bound = _low_median(norms)
-    capped = [_scaled(array, bound, norm) for array, norm in zip(arrays, norms, strict=True)]
-    return torch.from_numpy(_weighted_mean(capped, weights))
+    return torch.from_numpy(_bounded_mean([vector.numpy() for vector in vectors], weights))
 
 
 def trimmed_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -70,19 +66,14 @@ def median(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def centered_clip(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """From the median, `CLIP_ITERATIONS` times: add the weighted mean of the distances to it, each clipped.
+    """From the median, `CLIP_ITERATIONS` times: add the `norm_bound` of the members' distances to it.
 
-    The radius is the median distance of the members to the present centre, so it needs no setting; of two middle
-    ones the smaller counts.
+    So the radius of the clipping is the median distance to the present centre, and needs no setting.
     """
     arrays = [vector.numpy() for vector in vectors]
     centre = median(vectors, weights).numpy()
     for _ in range(CLIP_ITERATIONS):
-        steps = [np.subtract(array, centre) for array in arrays]
-        norms = [_norm(step) for step in steps]
-        radius = _low_median(norms)
-        clipped = [_scaled(step, radius, norm) for step, norm in zip(steps, norms, strict=True)]
-        centre = np.add(centre, _weighted_mean(clipped, weights))
+        centre = np.add(centre, _bounded_mean([np.subtract(array, centre) for array in arrays], weights))
     return torch.from_numpy(centre)
 
 
@@ -100,6 +91,12 @@ def _weighted_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array
         np.add(mean, scratch, out=mean)
         total = np.float32(total + np.float32(weight))
     return np.divide(mean, total, out=mean)
+
+
+def _bounded_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array:
+    norms = [_norm(array) for array in arrays]
+    bound = sorted(norms)[(len(norms) - 1) // 2]
+    return _weighted_mean([_scaled(array, bound, norm) for array, norm in zip(arrays, norms, strict=True)], weights)
 
 
 def _middle_mean(vectors: Sequence[Tensor], weights: Sequence[float], trim: int) -> Tensor:
@@ -142,10 +139,6 @@ def _norm(array: _Array) -> float:
         sums = sums[:half]
         sums[: len(rest)] += rest
     return float(np.sqrt(sums[0]))
-
-
-def _low_median(values: Sequence[float]) -> float:
-    return sorted(values)[(len(values) - 1) // 2]
 
 
 _MEANS: dict[str, Combine] = {
