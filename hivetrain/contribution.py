@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from hivetrain.averaging.feedback import Remainder, codec_seed, rest_of
 from hivetrain.data.reader import RoundData
 from hivetrain.identity import Identity
 from hivetrain.manifest import Ref
@@ -15,12 +18,14 @@ from hivetrain.training.outer import pseudo_gradient
 from hivetrain.training.state import Snapshot, State
 from hivetrain.verification.merkle import MerkleTree, leaf_digest
 from hivetrain.verification.receipt import (
+    NO_REMAINDER,
     Receipt,
     SnapshotTree,
     encode_snapshot,
     sign_receipt,
     step_record,
 )
+from hivetrain.verification.remainder import RemainderBytes, chunk_leaves, root_of, to_bytes
 from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, Parts
 
 
@@ -32,11 +37,15 @@ class Contribution:
         receipt: signed.
         payload: encoded chunks, as the all-reduce carries them.
         snapshots: what a challenge may open.
+        remainder: what it opens beside the last of them; None where none was used.
+        carried: what error feedback keeps for the next round, [P]; None without it.
     """
 
     receipt: Receipt
     payload: bytes
     snapshots: SnapshotTree
+    remainder: RemainderBytes | None = None
+    carried: Tensor | None = None
 
     @property
     def payload_root(self) -> bytes:
@@ -44,20 +53,41 @@ class Contribution:
         return bytes.fromhex(self.receipt.payload_root)
 
 
-def codec_seed(run_id: str, round_number: int, hotkey: str) -> int:
-    """The seed of a codec's rounding, so that its bytes can be recomputed by anyone."""
-    digest = leaf_digest(f"hivetrain-codec/1\n{run_id}\n{round_number}\n{hotkey}".encode())
-    return int.from_bytes(digest[:7], "big")
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Encoded:
+    """A payload, and what error feedback makes of it.
+
+    Attributes:
+        payload: the bytes that the all-reduce carries.
+        carried: start - final + remainder, [P]; None without error feedback.
+        rest_root, carried_root: as in the receipt.
+    """
+
+    payload: bytes
+    carried: Tensor | None = None
+    rest_root: str = NO_REMAINDER
+    carried_root: str = NO_REMAINDER
 
 
-def encode_payload(parts: Parts, start: State, final: Snapshot, seed: int) -> bytes:
-    """The bytes that the all-reduce carries: encode(start - final), then the moments."""
-    vectors = {
-        DELTA: pseudo_gradient(start.vector, final.vector),
-        EXP_AVG: final.exp_avg,
-        EXP_AVG_SQ: final.exp_avg_sq,
-    }
-    return bytes(parts.layout.encode(vectors, seed))
+def encode_payload(parts: Parts, start: State, final: Snapshot, seed: int, remainder: Tensor | None = None) -> Encoded:
+    """encode(start - final + remainder), then the moments.
+
+    Raises:
+        ValueError: a value that a codec refuses, such as NaN.
+    """
+    carried = pseudo_gradient(start.vector, final.vector)
+    if remainder is not None:
+        carried = carried + remainder
+    vectors = {DELTA: carried, EXP_AVG: final.exp_avg, EXP_AVG_SQ: final.exp_avg_sq}
+    payload = parts.layout.encode(vectors, seed)
+    if not parts.recipe.averaging.feeds_back:
+        return Encoded(payload=payload)
+    return Encoded(
+        payload=payload,
+        carried=carried,
+        rest_root=root_of(chunk_leaves(to_bytes(rest_of(parts.layout, carried, payload)))),
+        carried_root=root_of(chunk_leaves(to_bytes(carried))),
+    )
 
 
 def build_contribution(
@@ -70,9 +100,15 @@ def build_contribution(
     round_number: int,
     rank: int,
     identity: Identity,
+    remainder: Remainder | None = None,
 ) -> Contribution:
-    """Encode, hash and sign what ``work`` made of ``start``."""
-    payload = encode_payload(parts, start, work.snapshots[-1], codec_seed(parts.run_id, round_number, identity.hotkey))
+    """Encode, hash and sign what ``work`` made of ``start``, and ``remainder``, which is ``base``'s.
+
+    Raises:
+        ValueError: a value that a codec refuses, such as NaN.
+    """
+    seed = codec_seed(parts.run_id, round_number, identity.hotkey)
+    encoded = encode_payload(parts, start, work.snapshots[-1], seed, remainder.values if remainder else None)
     snapshots = SnapshotTree([encode_snapshot(snapshot) for snapshot in work.snapshots])
     steps = [step_record(step, data.samples(step), loss) for step, loss in enumerate(work.losses)]
     receipt = Receipt(
@@ -93,7 +129,19 @@ def build_contribution(
         steps_root=MerkleTree([leaf_digest(record) for record in steps]).root.hex(),
         snapshots_root=snapshots.root,
         num_snapshots=len(snapshots.snapshots),
-        payload_root=MerkleTree(parts.layout.chunk_digests(payload)).root.hex(),
+        payload_root=MerkleTree(parts.layout.chunk_digests(encoded.payload)).root.hex(),
         num_chunks=parts.layout.num_chunks,
+        remainder_root=remainder.root if remainder else NO_REMAINDER,
+        rest_root=encoded.rest_root,
+        carried_root=encoded.carried_root,
     )
-    return Contribution(receipt=sign_receipt(receipt, identity), payload=payload, snapshots=snapshots)
+    return Contribution(
+        receipt=sign_receipt(receipt, identity),
+        payload=encoded.payload,
+        snapshots=snapshots,
+        remainder=remainder.opening if remainder else None,
+        carried=encoded.carried,
+    )
+
+
+__all__ = ["Contribution", "Encoded", "build_contribution", "codec_seed", "encode_payload"]

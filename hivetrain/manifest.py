@@ -14,12 +14,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hivetrain.errors import IntegrityError
+from hivetrain.run import MAX_MINERS
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hotkey = Annotated[str, Field(min_length=1, max_length=64)]
+MAX_RUNS = 64
+Chunk = Annotated[int, Field(ge=0, lt=1 << 40)]
+Runs = Annotated[tuple[tuple[Chunk, Chunk], ...], Field(max_length=MAX_RUNS)]
+"""Runs of chunks ``[start, stop)`` of the payload."""
 
 
 class FileEntry(BaseModel):
@@ -56,6 +61,8 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
     members: tuple[Hotkey, ...] = ()  # senders whose vector is in the mean
     weights: dict[Hotkey, Annotated[float, Field(ge=0)]] = {}  # receipted samples of each sender
+    receipts: Annotated[dict[Hotkey, Sha256], Field(max_length=MAX_MINERS)] = {}  # digests of the members' receipts
+    left_out: Annotated[dict[Hotkey, Runs], Field(max_length=MAX_MINERS)] = {}  # of those: chunks whose mean lacks them
     faults: tuple[FaultEntry, ...] = ()
     val_loss: float  # held-out loss of this state, nats per token
     samples: Annotated[int, Field(ge=0)] = 0  # receipted samples in this epoch's mean

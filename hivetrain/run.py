@@ -27,9 +27,21 @@ GENESIS = "genesis"
 """Written for a model or tokenizer that genesis makes itself, instead of a hub name."""
 
 
+DeltaCodec = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "topk-1%", "topk-10%"]
+MomentsCodec = Literal["fp32", "fp16", "int8", "int4"]
+SecondMomentsCodec = Literal["fp32", "log8", "log4"]
+ROUGH_CODECS = ("int2", "sign", "topk-1%", "topk-10%")
+"""What they lose is lost in one direction, so that they need error feedback."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _one_of(field_name: str, value: str, literal: Any) -> None:
+    names = typing.get_args(literal)
+    _require(value in names, f"{field_name} must be one of {', '.join(names)}, got {value!r}")
 
 
 def _positive(owner: str, **values: float) -> None:
@@ -159,19 +171,31 @@ class Outer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Averaging:
-    """How pseudo-gradients and moments are joined."""
+    """How pseudo-gradients and moments are joined, and how each of them travels (`hivetrain.averaging.codecs`)."""
 
     strategy: Literal["allreduce"] = "allreduce"
-    codec: Literal["fp32", "fp16"] = "fp32"
-    moments_codec: Literal["fp32"] = "fp32"  # fp16 turns small second moments into 0, and AdamW divides by their root
+    codec: DeltaCodec = "fp32"  # of the pseudo-gradient
+    error_feedback: bool = True  # what a lossy codec did not carry goes into the next round's payload
+    moments_codec: MomentsCodec = "fp32"  # of AdamW's first moment, which has no feedback
+    second_moments_codec: SecondMomentsCodec = "fp32"  # even levels would make small ones 0, and AdamW divides by them
     max_abs: float = 1e3  # a value past it is out of bound
     min_members: int = 1  # fewer senders than this: the round fails
 
     def __post_init__(self) -> None:
         _require(self.strategy == "allreduce", f"averaging.strategy must be allreduce, got {self.strategy!r}")
-        _require(self.codec in ("fp32", "fp16"), f"averaging.codec must be fp32 or fp16, got {self.codec!r}")
-        _require(self.moments_codec == "fp32", f"averaging.moments_codec must be fp32, got {self.moments_codec!r}")
+        _one_of("averaging.codec", self.codec, DeltaCodec)
+        _one_of("averaging.moments_codec", self.moments_codec, MomentsCodec)
+        _one_of("averaging.second_moments_codec", self.second_moments_codec, SecondMomentsCodec)
+        _require(
+            self.error_feedback or self.codec not in ROUGH_CODECS,
+            f"averaging.codec = {self.codec!r} needs averaging.error_feedback = true: what it leaves out is never sent",
+        )
         _positive("averaging", max_abs=self.max_abs, min_members=self.min_members)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether miners keep a remainder: the codec of the pseudo-gradient is lossy, and feedback is on."""
+        return self.error_feedback and self.codec != "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

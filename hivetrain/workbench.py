@@ -47,12 +47,11 @@ DELTA, EXP_AVG, EXP_AVG_SQ = "delta", "exp_avg", "exp_avg_sq"
 
 def make_layout(num_params: int, averaging: run.Averaging) -> PayloadLayout:
     """Sections of what one member sends, for a vector of ``num_params`` elements."""
-    moments = averaging.moments_codec
     return PayloadLayout(
         (
             Section(name=DELTA, num_elements=num_params, codec=averaging.codec),
-            Section(name=EXP_AVG, num_elements=num_params, codec=moments),
-            Section(name=EXP_AVG_SQ, num_elements=num_params, codec=moments),
+            Section(name=EXP_AVG, num_elements=num_params, codec=averaging.moments_codec),
+            Section(name=EXP_AVG_SQ, num_elements=num_params, codec=averaging.second_moments_codec),
         )
     )
 

@@ -17,6 +17,7 @@ if __package__ in (None, ""):  # run as a script: make the checkout importable
 
 import logging
 
+from hivetrain.averaging.feedback import Feedback
 from hivetrain.contribution import Contribution, build_contribution
 from hivetrain.data.assignment import NoSlot
 from hivetrain.errors import ServiceError
@@ -32,6 +33,14 @@ logger = logging.getLogger(__name__)
 class Miner(Neuron):
     """Trains."""
 
+    def start(self) -> None:
+        """Open everything, as `Node.start`, and what error feedback owes from before a restart."""
+        super().start()
+        self.feedback = Feedback(
+            self.config.state_dir / "remainder", self.parts.layout, run_id=self.run_id, hotkey=self.identity.hotkey
+        )
+        self.feedback.load()
+
     def round(self, position: Position) -> None:
         """One round of this miner."""
         base = self.find_base(position)
@@ -40,6 +49,8 @@ class Miner(Neuron):
         self.status.update(round=position.round, epoch=base.epoch, step=0)
         contribution = self.train(position)
         if contribution is not None:
+            if contribution.carried is not None:
+                self.feedback.keep(contribution.receipt, contribution.carried)
             self.board.commit(contribution)
             self.events.append(
                 "committed",
@@ -136,6 +147,7 @@ class Miner(Neuron):
             round_number=position.round,
             rank=rank,
             identity=self.identity,
+            remainder=self.feedback.remainder(base.manifest),
         )
 
 

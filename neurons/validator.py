@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hivetrain.errors import ServiceError
@@ -25,7 +26,7 @@ from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position
 from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
 from hivetrain.tracking import metrics
-from hivetrain.verification.receipt import Expected
+from hivetrain.verification.receipt import Expected, Receipt
 from neurons.main import run_neuron
 from template.anchor import candidates, parse_anchors
 from template.chain.client import NeuronInfo
@@ -106,7 +107,7 @@ class Validator(Neuron):
         ranks = self.ranks(position.round_start)
         notes.collected = collect_receipts(
             miners=notes.miners,
-            expected={neuron.hotkey: self._expected(position, base, ranks[neuron.hotkey]) for neuron in notes.miners},
+            expected={n.hotkey: self._expected(position, base, n.hotkey, ranks[n.hotkey]) for n in notes.miners},
             run_id=self.run_id,
             round_number=position.round,
             coins_digest=hashlib.sha256(notes.coins).digest(),
@@ -122,7 +123,7 @@ class Validator(Neuron):
         if stale and not receipts:
             logger.error("check your clock: the miners refuse our requests, %s", stale[0])
 
-    def _expected(self, position: Position, base: Ref, rank: int) -> Expected:
+    def _expected(self, position: Position, base: Ref, hotkey: str, rank: int) -> Expected:
         data, inner = self.recipe.data, self.recipe.inner
         samples = data.batch_size * data.accumulation
         return Expected(
@@ -139,6 +140,8 @@ class Validator(Neuron):
             snapshot_every=inner.snapshot_every,
             samples_per_step=samples,
             tokens_per_step=samples * data.seq_len,
+            feeds_back=self.recipe.averaging.feeds_back,
+            was_in=hotkey in base.manifest.receipts,
         )
 
     def verify(self, position: Position, notes: RoundNotes) -> None:
@@ -162,6 +165,7 @@ class Validator(Neuron):
         self._say("verifying", f"{drawn} of {len(notes.draws)} miners drawn")
         verifier = Verifier(
             parts=self.parts,
+            base=self.held.ref,
             state=self.held.state,
             round_number=position.round,
             coins=notes.coins,
@@ -209,7 +213,7 @@ class Validator(Neuron):
             missing = {part.reducer.hotkey for part in plan.parts() if part.index in done.outcome.missing_parts}
             self._resting.update(dict.fromkeys(missing - {self.identity.hotkey}, position.round + 1 + REST_ROUNDS))
         notes.led = count_signatures(plan, done, calls.result(plan.deadline_s + 20), verify)
-        self.publish(position, base, notes.led)
+        self.publish(position, base, notes.led, notes.collected.receipts)
 
     def _awake(self, sitting: list[str]) -> list[str]:
         """Those of ``sitting`` that answer now: a seat that stays empty would cost the group a part of the mean."""
@@ -219,7 +223,7 @@ class Validator(Neuron):
         awake = {reply.hotkey for reply in self.network.run(calls, AWAKE_TIMEOUT_S + 2) if reply.ok}
         return [hotkey for hotkey in sitting if hotkey == self.identity.hotkey or hotkey in awake]
 
-    def publish(self, position: Position, base: Ref, led: Led) -> None:
+    def publish(self, position: Position, base: Ref, led: Led, receipts: Mapping[str, Receipt]) -> None:
         """Pass the gates, tag, anchor; a refusal makes no epoch."""
         if led.done.state is None:
             self.events.append("round_failed", f"round {position.round}: {led.done.detail}", round=position.round)
@@ -236,6 +240,7 @@ class Validator(Neuron):
                 val_loss=val_loss,
                 block=self.blocks.block,
                 identity=self.identity,
+                receipts=receipts,
             )
             self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
         except (NotPublished, ServiceError) as exc:  # the round is scored all the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
@@ -17,7 +18,16 @@ from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import Fault, PeerFault
 from template.axon import Caller
 from template.board import AllReduceTask, Board
-from template.protocol import AllReduce, AllReduceReply, IsAlive, IsAliveReply, Opening, Train, TrainReply
+from template.protocol import (
+    AllReduce,
+    AllReduceReply,
+    IsAlive,
+    IsAliveReply,
+    Opening,
+    RemainderOpening,
+    Train,
+    TrainReply,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +152,10 @@ class Handlers:
             Opening(index=index, step=snapshot.step, payload=snapshot.payload, proof=tuple(proof))
             for index, snapshot, proof in opened
         )
-        return reply.model_copy(update={"status": "opened", "openings": openings})
+        remainder = None
+        if contribution.remainder is not None and contribution.receipt.num_snapshots - 1 in synapse.snapshots:
+            remainder = RemainderOpening(**dataclasses.asdict(contribution.remainder))
+        return reply.model_copy(update={"status": "opened", "openings": openings, "remainder": remainder})
 
     async def all_reduce(self, synapse: AllReduce, caller: Caller) -> AllReduceReply:
         """Check the call, hand it to the model's thread, and wait for what came of it."""

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.manifest import Hotkey, Sha256
-from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES
+from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, MAX_SNAPSHOT_BYTES
+from hivetrain.verification.remainder import num_chunks
 
 MAX_SEQUENCE = 4096
 """Entries of any array or map on the wire: a cheap bound that msgpack enforces before pydantic sees a value."""
@@ -144,6 +145,17 @@ class Opening(Message):
     proof: Annotated[tuple[Annotated[bytes, Field(max_length=64)], ...], Field(max_length=64)] = ()
 
 
+MAX_PARAMS = MAX_SNAPSHOT_BYTES // 12  # a snapshot holds three float32 vectors
+
+
+class RemainderOpening(Message):
+    """The remainder that a receipt commits to, and what shows that it follows from the base (`RemainderBytes`)."""
+
+    values: Annotated[bytes, Field(max_length=4 * MAX_PARAMS)]
+    previous: Annotated[bytes, Field(max_length=MAX_RECEIPT_BYTES)]
+    others: Annotated[bytes, Field(max_length=32 * num_chunks(MAX_PARAMS))] = b""
+
+
 class TrainReply(Message):
     """How far a miner is, what it committed, and what it opens.
 
@@ -162,6 +174,7 @@ class TrainReply(Message):
     receipt: Annotated[bytes, Field(max_length=64 * _KIB)] | None = None
     openings: Annotated[tuple[Opening, ...], Field(max_length=64)] = ()
     detail: Detail = ""
+    remainder: RemainderOpening | None = None  # with the opening of the last snapshot, where one was used
 
 
 class Train(Synapse[TrainReply]):
@@ -255,6 +268,7 @@ __all__ = [
     "MemberFault",
     "Message",
     "Opening",
+    "RemainderOpening",
     "Synapse",
     "Train",
     "TrainReply",

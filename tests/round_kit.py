@@ -185,6 +185,7 @@ class World:
         """A validator's checks of this round."""
         honest = Verifier(
             parts=self.parts,
+            base=self.base,
             state=self.state,
             round_number=ROUND,
             coins=COINS,

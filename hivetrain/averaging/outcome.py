@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgpack
@@ -16,6 +17,7 @@ from hivetrain.identity import Verify
 logger = logging.getLogger(__name__)
 
 MAX_OUTSIDERS = 16
+Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class AllReduceOutcome:
         complete: no part is missing.
         missing_parts: parts that nobody holds, or of which there are two.
         included: per sender, the share of chunks whose mean it is in, over the parts that are not missing.
+        left_out: per sender that is in and not everywhere, the runs of chunks ``[start, stop)`` whose mean lacks it.
         faults: what this node saw.
         links: per other member.
         bytes_sent, bytes_received, seconds: of the whole all-reduce.
@@ -79,6 +82,7 @@ class AllReduceOutcome:
     bytes_sent: int
     bytes_received: int
     seconds: float
+    left_out: Mapping[str, Runs] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from hivetrain.averaging.group import GroupPlan, Member, Part
 from hivetrain.averaging.handshake import open_handshake
 from hivetrain.averaging.layout import require_sane
 from hivetrain.averaging.messages import Confirm, Result, unpack_mask
-from hivetrain.averaging.outcome import AllReduceOutcome, Ledger, Link, pack_evidence, verify_result
+from hivetrain.averaging.outcome import AllReduceOutcome, Ledger, Link, Runs, pack_evidence, verify_result
 from hivetrain.averaging.transport import Stream, Transport
 from hivetrain.errors import Fault, PeerFault, ServiceError
 from hivetrain.identity import Identity, Verify
@@ -277,7 +277,25 @@ class RoundState:
             bytes_sent=sum(link.bytes_sent for link in links),
             bytes_received=sum(link.bytes_received for link in links),
             seconds=self.now() - self._begin,
+            left_out=self._left_out(),
         )
+
+    def _left_out(self) -> dict[str, Runs]:
+        """Per sender that is in somewhere, the runs of chunks whose mean lacks it; neighbouring parts are one run."""
+        runs: dict[str, list[tuple[int, int]]] = {}
+        present: set[str] = set()
+        for part in self.parts:
+            held = self.held.get(part.index)
+            if held is None or part.start == part.stop:
+                continue
+            for is_in, member in zip(held.included, self.plan.members, strict=True):
+                if is_in:
+                    present.add(member.hotkey)
+                elif member.sends:
+                    mine = runs.setdefault(member.hotkey, [])
+                    start = mine.pop()[0] if mine and mine[-1][1] == part.start else part.start
+                    mine.append((start, part.stop))
+        return {hotkey: tuple(found) for hotkey, found in runs.items() if hotkey in present}
 
 
 def _committed_tree(plan: GroupPlan, member: Member, payload: bytes | None) -> MerkleTree | None:

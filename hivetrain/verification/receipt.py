@@ -24,7 +24,7 @@ from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
 MAX_RECEIPT_BYTES = 32 << 10
 MAX_SNAPSHOT_BYTES = 256 << 20
 NO_REMAINDER = "0" * 64
-"""The remainder root of a lossless codec."""
+"""The root of a remainder that is zero, and of every remainder where there is no error feedback."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -54,7 +54,9 @@ class Receipt(BaseModel):
     num_snapshots: Annotated[int, Field(ge=1, le=100_000)]
     payload_root: Sha256
     num_chunks: Annotated[int, Field(ge=1)]
-    remainder_root: Sha256 = NO_REMAINDER
+    remainder_root: Sha256 = NO_REMAINDER  # what error feedback added to the pseudo-gradient
+    rest_root: Sha256 = NO_REMAINDER  # the next remainder's chunks where the mean includes this round's
+    carried_root: Sha256 = NO_REMAINDER  # and where it leaves them out
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,128}$")] = ""
 
     def signed_bytes(self) -> bytes:
@@ -64,9 +66,14 @@ class Receipt(BaseModel):
         return b"hivetrain-receipt/1\n" + text.encode()
 
     def root(self) -> str:
-        """The one digest that binds all four trees."""
-        parts = (self.steps_root, self.snapshots_root, self.payload_root, self.remainder_root)
+        """The one digest that binds all trees."""
+        feedback = (self.remainder_root, self.rest_root, self.carried_root)
+        parts = (self.steps_root, self.snapshots_root, self.payload_root, *feedback)
         return hashlib.sha256(b"hivetrain-root/1" + b"".join(bytes.fromhex(part) for part in parts)).hexdigest()
+
+    def sha256(self) -> str:
+        """Hex digest of the signed bytes: what a manifest names it by."""
+        return hashlib.sha256(self.signed_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The bytes on the wire."""
@@ -116,6 +123,8 @@ class Expected:
     snapshot_every: int
     samples_per_step: int
     tokens_per_step: int
+    feeds_back: bool = False  # the recipe's codec is lossy, and error feedback on
+    was_in: bool = False  # the base's manifest names a receipt of this hotkey, from which a remainder may follow
 
 
 def check_receipt(receipt: Receipt, expected: Expected) -> None:
@@ -139,6 +148,12 @@ def check_receipt(receipt: Receipt, expected: Expected) -> None:
     for name, got, want in sums:
         if got != want:
             raise PeerFault(Fault.MALFORMED, f"receipt.{name} is {got}, expected {want} for {steps} steps")
+    for name in ("rest_root", "carried_root"):
+        if (getattr(receipt, name) != NO_REMAINDER) != expected.feeds_back:
+            wanted = "a root" if expected.feeds_back else "64 zeros"
+            raise PeerFault(Fault.MALFORMED, f"receipt.{name} is {getattr(receipt, name)}, expected {wanted}")
+    if receipt.remainder_root != NO_REMAINDER and not (expected.feeds_back and expected.was_in):
+        raise PeerFault(Fault.MALFORMED, "receipt.remainder_root must be 64 zeros: no remainder follows from the base")
 
 
 def snapshot_steps(num_steps: int, every: int) -> list[int]:

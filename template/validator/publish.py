@@ -6,12 +6,14 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from hivetrain.errors import HivetrainError
 from hivetrain.hub.store import ModelStore
 from hivetrain.identity import Identity
-from hivetrain.manifest import FaultEntry, FileEntry, Manifest, Ref
+from hivetrain.manifest import MAX_RUNS, FaultEntry, FileEntry, Manifest, Ref
 from hivetrain.training.state import state_files
+from hivetrain.verification.receipt import Receipt
 from hivetrain.workbench import Parts
 from template.validator.lead import Led
 
@@ -61,8 +63,13 @@ def publish_epoch(
     val_loss: float,
     block: int,
     identity: Identity,
+    receipts: Mapping[str, Receipt] = MappingProxyType({}),
 ) -> Ref:
     """Publish the led round's state as the next epoch.
+
+    Args:
+        receipts: what the members signed, by hotkey: the manifest names them, and what its mean lacks, so that
+            everyone can tell which remainder follows.
 
     Raises:
         HubConflict: somebody else published this epoch first.
@@ -73,6 +80,8 @@ def publish_epoch(
     assert outcome is not None
     files: dict[str, bytes] = state_files(state, parts.flat)
     weights = sent_weights(led)
+    # Who was left out in more places than a manifest holds starts from a remainder of zero.
+    named = sorted(h for h in weights if h in receipts and len(outcome.left_out.get(h, ())) <= MAX_RUNS)
     manifest = Manifest(
         run_id=parts.run_id,
         epoch=state.epoch,
@@ -85,6 +94,8 @@ def publish_epoch(
         files=file_entries(files),
         members=tuple(sorted(weights)),
         weights=weights,
+        receipts={hotkey: receipts[hotkey].sha256() for hotkey in named},
+        left_out={hotkey: outcome.left_out[hotkey] for hotkey in named if hotkey in outcome.left_out},
         faults=tuple(
             FaultEntry(hotkey=fault.hotkey, fault=fault.fault.value, detail=fault.detail[:500])
             for fault in outcome.faults[:MAX_FAULTS]

@@ -18,15 +18,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hivetrain.contribution import codec_seed, encode_payload
 from hivetrain.data.assignment import NoSlot
 from hivetrain.data.reader import RoundData
 from hivetrain.errors import Fault, PeerFault, ServiceError
+from hivetrain.manifest import Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring import CheckResult
 from hivetrain.training.state import Snapshot, State
 from hivetrain.verification.merkle import MerkleTree
-from hivetrain.verification.receipt import Receipt, check_opening, decode_snapshot, snapshot_size_bytes, snapshot_steps
+from hivetrain.verification.receipt import (
+    MAX_RECEIPT_BYTES,
+    NO_REMAINDER,
+    Receipt,
+    check_opening,
+    decode_snapshot,
+    snapshot_size_bytes,
+    snapshot_steps,
+)
+from hivetrain.verification.remainder import RemainderBytes, check_remainder, remainder_bytes_limit
 from hivetrain.verification.replay import replay_window
 from hivetrain.workbench import Parts
 from template.dendrite import Dendrite, Failure, PeerAddress, Reply
@@ -77,12 +89,14 @@ class Verifier:
     """One round's checks. Owned by the model's thread.
 
     Args:
+        base: the epoch that the round starts from, and its state.
         load_data: a miner's tokens by its rank.
         address: where a miner serves.
         in_time: False once there is no time for another check.
     """
 
     parts: Parts
+    base: Ref
     state: State
     round_number: int
     coins: bytes
@@ -147,6 +161,8 @@ class Verifier:
         wanted = one.snapshots(receipt.num_snapshots)
         synapse = Train(run_id=receipt.run_id, round=receipt.round, want="open", snapshots=wanted, coins=self.coins)
         limit = len(wanted) * (snapshot_size_bytes(self.parts.flat.size) + 4096) + 65536
+        if receipt.remainder_root != NO_REMAINDER:
+            limit += remainder_bytes_limit(self.parts.flat.size) + MAX_RECEIPT_BYTES
         return await self.dendrite.call(
             self.address(receipt.hotkey), synapse, timeout_s=OPEN_TIMEOUT_S, max_reply_bytes=limit
         )
@@ -167,7 +183,7 @@ class Verifier:
             PeerFault: REFUSED, NOT_COMMITTED or WRONG_REPLAY.
             ServiceError: our data or our line failed.
         """
-        opened = self._opened(receipt, drawn, reply)
+        opened, remainder = self._opened(receipt, drawn, reply), self._remainder(receipt, reply.reply)
         try:
             data = self.load_data(receipt.rank)
         except NoSlot as exc:
@@ -176,7 +192,7 @@ class Verifier:
             raise PeerFault(Fault.WRONG_REPLAY, "the receipt's tokens are not those of its assignment")
         if receipt.num_steps > data.num_steps(receipt.num_steps):
             raise PeerFault(Fault.WRONG_REPLAY, f"{receipt.num_steps} steps, its assignment holds fewer")
-        self._check_link(receipt, opened[receipt.num_snapshots - 1])
+        self._check_link(receipt, opened[receipt.num_snapshots - 1], remainder)
         worst = 0.0
         for window in drawn.windows:
             verdict = replay_window(
@@ -221,10 +237,22 @@ class Verifier:
             )
         return snapshot
 
-    def _check_link(self, receipt: Receipt, final: Snapshot) -> None:
-        """What it averages is what it committed to: the encoded chunks, byte for byte."""
+    def _remainder(self, receipt: Receipt, reply: TrainReply | None) -> Tensor | None:
+        """The remainder that it used, once it is shown to be the one that follows from the base."""
+        opened = None
+        if reply is not None and reply.remainder is not None:
+            opened = RemainderBytes(**reply.remainder.model_dump())
+        return check_remainder(receipt, self.base.manifest, opened, self.parts.flat.size)
+
+    def _check_link(self, receipt: Receipt, final: Snapshot, remainder: Tensor | None) -> None:
+        """What it averages, and what it carries on, is what it committed to: byte for byte."""
         seed = codec_seed(receipt.run_id, receipt.round, receipt.hotkey)
-        payload = encode_payload(self.parts, self.state, final, seed)
-        root = MerkleTree(self.parts.layout.chunk_digests(payload)).root.hex()
+        try:
+            encoded = encode_payload(self.parts, self.state, final, seed, remainder)
+        except ValueError as exc:
+            raise PeerFault(Fault.WRONG_REPLAY, f"committed to a final snapshot that cannot be encoded: {exc}") from exc
+        root = MerkleTree(self.parts.layout.chunk_digests(encoded.payload)).root.hex()
         if root != receipt.payload_root:
             raise PeerFault(Fault.NOT_COMMITTED, "the committed chunks do not encode the committed final snapshot")
+        if (encoded.rest_root, encoded.carried_root) != (receipt.rest_root, receipt.carried_root):
+            raise PeerFault(Fault.NOT_COMMITTED, "the committed remainder is not what its payload leaves")

@@ -21,6 +21,7 @@ def test_everyone_ends_with_the_bits_of_the_weighted_mean(num_senders: int, num_
         assert outcome.faults == ()
         assert outcome.missing_parts == ()
         assert outcome.included == {world.hotkey(i): 1.0 for i in range(num_senders)}
+        assert outcome.left_out == {}
 
 
 def test_a_healthy_round_waits_for_no_deadline() -> None:

@@ -298,6 +298,7 @@ def test_one_poisoned_chunk_is_left_out_of_its_part_alone() -> None:
     for outcome in outcomes.values():
         assert outcome.complete
         assert outcome.included[world.hotkey(BAD)] == pytest.approx(1 - part.stop / world.layout.num_chunks)
+        assert outcome.left_out == {world.hotkey(BAD): ((0, part.stop),)}
     assert blamed(outcomes[0]) == {(world.hotkey(BAD), "not_finite")}
     assert blamed(outcomes[1]) == blamed(outcomes[3]) == set()
 

@@ -42,16 +42,18 @@ FIELDS: dict[str, object] = {
     "num_snapshots": 5,
     "payload_root": "0a" * 32,
     "num_chunks": 660,
-    "remainder_root": "00" * 32,
+    "remainder_root": "0b" * 32,
+    "rest_root": "0c" * 32,
+    "carried_root": "0d" * 32,
 }
 SIGNED = b"hivetrain-receipt/1\n" + json.dumps(FIELDS, sort_keys=True, separators=(",", ":")).encode()
-SIGNED_SHA256 = "a2a603aa9f74c27635748d766e697769bc70289dc7829cc586cf6cf03caa0dcd"
-ROOT = "0992a8003db9f865f5696826c8f09be68d30798f8385b48e6b3632fc1ac5a696"
+SIGNED_SHA256 = "a7a73a51b605735d7b34041a5ad7b6499ac6c68acf4612c837c58f94f6eb9d87"
+ROOT = "0b94583f55428b133d3dfdf32bbcc7e126603653d9c44c5124570ca89f7301b2"
 SIGNATURE = (
-    "92c9897c2274ca6066743d6860c36f2776662a80d11ed30c64a00c02a9cbbf13"
-    "bde040412de4f50c9402da95f917c98ead708803da1df6051be32c33bdad6a8f"
+    "3c29e9cd9a696b3dd0f301fc5b6c66c9bdd5a19a161d9aa675f533578408f90f"
+    "0e44320c181efb7ca835bc2456db8cfedff20d1491c7a3fae0bb616c4bdfc784"
 )
-WIRE_SHA256 = "11e02441ca78cf703b07ffceaaaaaf022b382f9fc5812096483ca0a253081790"
+WIRE_SHA256 = "bf9d3719252e26c4672f3cbcfa660571d8c3194c391f5ab0d4063a0802f91de6"
 
 
 def receipt() -> Receipt:
@@ -64,9 +66,13 @@ def test_the_signed_bytes_are_a_tag_and_sorted_json_without_the_signature() -> N
     assert SIGNED.startswith(b'hivetrain-receipt/1\n{"base_manifest":"0202')
 
 
-def test_the_root_binds_steps_snapshots_payload_and_remainder_in_this_order() -> None:
-    trees = b"\x08" * 32 + b"\x09" * 32 + b"\x0a" * 32 + b"\x00" * 32
+def test_the_root_binds_steps_snapshots_payload_and_remainders_in_this_order() -> None:
+    trees = b"".join(bytes([number]) * 32 for number in (8, 9, 10, 11, 12, 13))
     assert receipt().root() == hashlib.sha256(b"hivetrain-root/1" + trees).hexdigest() == ROOT
+
+
+def test_a_manifest_names_a_receipt_by_the_digest_of_its_signed_bytes() -> None:
+    assert receipt().sha256() == SIGNED_SHA256
 
 
 def test_the_bytes_on_the_wire_are_the_same_json_with_the_signature() -> None:

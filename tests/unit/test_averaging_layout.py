@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import struct
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hivetrain.averaging.codecs import CODEC_NAMES, get_codec
 from hivetrain.averaging.layout import PayloadLayout, Section, part_bounds, require_sane
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.run import CHUNK_ELEMENTS
@@ -30,47 +28,6 @@ def two_sections() -> PayloadLayout:
 def vectors(layout: PayloadLayout) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {s.name: torch.randn(s.num_elements, generator=generator) for s in layout.sections}
-
-
-def test_fp32_is_little_endian_and_exact() -> None:
-    codec = get_codec("fp32")
-    values = torch.tensor([1.0, -2.5, 1e-45, 3.0e38])
-    assert codec.encode(values, 0) == struct.pack("<4f", *values.tolist())
-    assert torch.equal(codec.decode(codec.encode(values, 0), 4), values)
-
-
-def test_fp16_is_little_endian_and_rounds_to_nearest_even() -> None:
-    codec = get_codec("fp16")
-    values = torch.tensor([1.0, 1 + 2**-11, 1 + 3 * 2**-11, -0.0])
-    assert codec.encode(values, 0) == struct.pack("<4e", 1.0, 1.0, 1 + 2**-9, -0.0)
-    assert torch.isinf(codec.decode(codec.encode(torch.tensor([70000.0]), 0), 1)).all()
-
-
-@pytest.mark.parametrize("name", CODEC_NAMES)
-def test_chunks_encode_independently_to_a_fixed_size(name: str) -> None:
-    codec = get_codec(name)
-    values = torch.randn(2 * CHUNK_ELEMENTS + 7)
-    pieces = [values[i : i + CHUNK_ELEMENTS] for i in range(0, len(values), CHUNK_ELEMENTS)]
-    assert codec.encode(values, 5) == b"".join(codec.encode(piece, 5 + j) for j, piece in enumerate(pieces))
-    sizes = [codec.encoded_size(len(piece)) for piece in pieces]
-    assert codec.encoded_size(len(values)) == sum(sizes)
-    assert sizes[0] == sizes[1] == len(codec.encode(pieces[0], 5))
-    once = codec.decode(codec.encode(values, 5), len(values))
-    assert torch.equal(codec.decode(codec.encode(once, 6), len(values)), once)
-
-
-@pytest.mark.parametrize("name", CODEC_NAMES)
-@pytest.mark.parametrize(("change", "fault"), [(-1, Fault.TRUNCATED), (1, Fault.OVERSIZED)])
-def test_bytes_of_another_size_are_refused(name: str, change: int, fault: Fault) -> None:
-    codec = get_codec(name)
-    with pytest.raises(PeerFault) as refused:
-        codec.decode(bytes(codec.encoded_size(10) + change), 10)
-    assert refused.value.fault is fault
-
-
-def test_unknown_codec_names_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"fp32, fp16, got 'zip'"):
-        get_codec("zip")
 
 
 def test_offsets_by_hand() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,10 @@ from hivetrain.averaging.butterfly import AllReduceOutcome, FaultRecord
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.errors import Fault, HubConflict
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.manifest import Manifest, Ref, parse_manifest, state_message
+from hivetrain.manifest import MAX_RUNS, Manifest, Ref, parse_manifest, state_message
 from hivetrain.training.outer import outer_step
 from hivetrain.training.state import State, state_hash
+from hivetrain.verification.receipt import Receipt
 from template.acceptance import why_unacceptable
 from template.chain.keys import WalletIdentity, verify
 from template.participant import Participation
@@ -147,7 +148,9 @@ def test_a_loss_that_is_not_a_number_makes_no_epoch(world: World, loss: float) -
 # -- publishing ----------------------------------------------------------------------------------------------
 
 
-def publish(world: World, led: Led, store: MemoryStore | None = None) -> Ref:
+def publish(
+    world: World, led: Led, store: MemoryStore | None = None, receipts: Mapping[str, Receipt] | None = None
+) -> Ref:
     return publish_epoch(
         store=store or world.store,
         parts=world.parts,
@@ -156,7 +159,32 @@ def publish(world: World, led: Led, store: MemoryStore | None = None) -> Ref:
         val_loss=5.0,
         block=77,
         identity=VALIDATOR,
+        receipts=receipts or {},
     )
+
+
+def test_the_manifest_names_the_members_receipts_and_what_its_mean_lacks(world: World, next_state: State) -> None:
+    receipts = {one.hotkey: world.contribution(one, rank).receipt for rank, one in enumerate(MEMBERS.values())}
+    led = led_by(world, next_state, included={A: 1.0, B: 0.5, C: 0.0})
+    assert led.done.outcome is not None
+    outcome = dataclasses.replace(led.done.outcome, left_out={B: ((0, 2), (5, 6))})
+    led = dataclasses.replace(led, done=dataclasses.replace(led.done, outcome=outcome))
+    manifest = publish(world, led, MemoryStore(), receipts).manifest
+    assert manifest.receipts == {A: receipts[A].sha256(), B: receipts[B].sha256()}
+    assert manifest.left_out == {B: ((0, 2), (5, 6))}
+    assert parse_manifest(manifest.to_bytes()) == manifest
+
+
+def test_who_was_left_out_in_too_many_places_is_not_named(world: World, next_state: State) -> None:
+    receipts = {one.hotkey: world.contribution(one, rank).receipt for rank, one in enumerate(MEMBERS.values())}
+    led = led_by(world, next_state)
+    assert led.done.outcome is not None
+    runs = tuple((2 * i, 2 * i + 1) for i in range(MAX_RUNS + 1))
+    outcome = dataclasses.replace(led.done.outcome, left_out={A: runs, B: runs[1:]})
+    led = dataclasses.replace(led, done=dataclasses.replace(led.done, outcome=outcome))
+    manifest = publish(world, led, MemoryStore(), receipts).manifest
+    assert (set(manifest.receipts), set(manifest.left_out)) == ({B, C}, {B})
+    assert A in manifest.members
 
 
 def why(world: World, manifest: Manifest, gone: Collection[str] = ()) -> str | None:

@@ -157,7 +157,10 @@ def test_the_signature_itself_is_not_among_the_signed_bytes() -> None:
     assert receipt().signed_bytes() == receipt().model_copy(update={"signature": ""}).signed_bytes()
 
 
-@pytest.mark.parametrize("name", ["steps_root", "snapshots_root", "payload_root", "remainder_root"])
+TREES = ("steps_root", "snapshots_root", "payload_root", "remainder_root", "rest_root", "carried_root")
+
+
+@pytest.mark.parametrize("name", TREES)
 def test_the_root_changes_with_each_of_its_trees(name: str) -> None:
     assert receipt(**{name: "ff" * 32}).root() != receipt().root()
 
@@ -201,6 +204,32 @@ def test_more_steps_than_the_recipe_has_are_malformed_though_all_counts_agree() 
         check_receipt(more, EXPECTED)
     assert caught.value.fault is Fault.MALFORMED
     check_receipt(more, dataclasses.replace(EXPECTED, max_steps=60))
+
+
+FED = dataclasses.replace(EXPECTED, feeds_back=True)
+ROOTS = {"rest_root": "aa" * 32, "carried_root": "bb" * 32}
+
+
+def test_error_feedback_commits_to_what_may_follow() -> None:
+    check_receipt(receipt(**ROOTS), FED)
+    check_receipt(receipt(**ROOTS, remainder_root="cc" * 32), dataclasses.replace(FED, was_in=True))
+    check_receipt(receipt(**ROOTS), dataclasses.replace(FED, was_in=True))
+
+
+@pytest.mark.parametrize("name", ["rest_root", "carried_root"])
+def test_roots_of_a_feedback_that_is_off_or_missing_ones_are_malformed(name: str) -> None:
+    for committed, expected in ((receipt(**{name: "aa" * 32}), EXPECTED), (receipt(**ROOTS | {name: "0" * 64}), FED)):
+        with pytest.raises(PeerFault, match=f"receipt.{name}") as caught:
+            check_receipt(committed, expected)
+        assert caught.value.fault is Fault.MALFORMED
+
+
+@pytest.mark.parametrize("expected", [EXPECTED, dataclasses.replace(EXPECTED, was_in=True), FED])
+def test_a_remainder_that_follows_from_nothing_is_malformed(expected: Expected) -> None:
+    roots = ROOTS if expected.feeds_back else {}
+    with pytest.raises(PeerFault, match="no remainder follows") as caught:
+        check_receipt(receipt(**roots, remainder_root="cc" * 32), expected)
+    assert caught.value.fault is Fault.MALFORMED
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hivetrain.averaging.codecs import CODEC_NAMES, get_codec
 from hivetrain.errors import RecipeError
-from hivetrain.run import Data, Inner, Recipe, Schedule, Scoring, differing_fields, parse_recipe, read_recipe, run_id
+from hivetrain.run import (
+    Averaging,
+    Data,
+    DeltaCodec,
+    Inner,
+    MomentsCodec,
+    Recipe,
+    Schedule,
+    Scoring,
+    SecondMomentsCodec,
+    differing_fields,
+    parse_recipe,
+    read_recipe,
+    run_id,
+)
+from hivetrain.workbench import make_layout
 
 
 def test_recipe_survives_a_round_trip() -> None:
@@ -41,8 +58,14 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[model]\nhidden_size = 130", "must be a multiple of model.num_heads"),
         ("[adapter]\nkind = 'qlora'", "adapter.kind must be dora, lora or full"),
         ("[adapter]\ntarget_modules = 'q_proj'", "must be a list of strings"),
-        ("[averaging]\ncodec = 'zip'", "averaging.codec must be fp32 or fp16"),
-        ("[averaging]\nmoments_codec = 'fp16'", "averaging.moments_codec must be fp32"),
+        (
+            "[averaging]\ncodec = 'zip'",
+            "must be one of fp32, fp16, int8, int4, int2, sign, topk-1%, topk-10%, got 'zip'",
+        ),
+        ("[averaging]\nmoments_codec = 'sign'", "averaging.moments_codec must be one of fp32, fp16, int8, int4, got"),
+        ("[averaging]\nsecond_moments_codec = 'fp16'", "second_moments_codec must be one of fp32, log8, log4, got"),
+        ("[averaging]\ncodec = 'sign'\nerror_feedback = false", "averaging.codec = 'sign' needs averaging.error_feed"),
+        ("[averaging]\nerror_feedback = 1", "averaging.error_feedback must be bool"),
         ("[scoring]\nsteps_weight = 0.9", "must be 1, got"),
         ("[scoring]\ndistance_zero = 0.01", "distance_full < distance_zero"),
         ("[gates]\nquorum = 0.0", "gates.quorum must be in (0, 1]"),
@@ -85,3 +108,25 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_recipe(tmp_path / "binary.toml")
     (tmp_path / "run.toml").write_text(Recipe().to_toml())
     assert read_recipe(tmp_path / "run.toml") == Recipe()
+
+
+def test_every_codec_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
+    named = [name for literal in (DeltaCodec, MomentsCodec, SecondMomentsCodec) for name in get_args(literal)]
+    assert {get_codec(name).name for name in named} == set(CODEC_NAMES)
+
+
+def test_feedback_is_for_lossy_codecs() -> None:
+    assert not Averaging().feeds_back
+    assert Averaging(codec="int4").feeds_back
+    assert not Averaging(codec="int4", error_feedback=False).feeds_back
+    for name in get_args(DeltaCodec):
+        assert Averaging(codec=name).feeds_back is not get_codec(name).lossless
+
+
+def test_each_section_travels_under_its_own_codec() -> None:
+    averaging = Averaging(codec="int2", moments_codec="int4", second_moments_codec="log8")
+    assert [(one.name, one.codec) for one in make_layout(10, averaging).sections] == [
+        ("delta", "int2"),
+        ("exp_avg", "int4"),
+        ("exp_avg_sq", "log8"),
+    ]
