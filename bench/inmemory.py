@@ -1,0 +1,86 @@
+"""The real all-reduce between members of one process, over memory and in virtual time: exact bytes, no network.
+
+Members weigh the same and all of them reduce.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Iterable, Sequence
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
+from hivetrain.averaging.group import GroupPlan, Member
+from hivetrain.averaging.layout import PayloadLayout
+from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
+from hivetrain.run import Recipe
+from hivetrain.verification.merkle import MerkleTree
+
+ROUND_S = 60.0  # of virtual time
+
+
+def butterfly(layout: PayloadLayout, payloads: Sequence[bytes], number: int) -> list[AllReduceOutcome]:
+    """A real all-reduce of ``payloads`` between members of equal weight, over memory and in virtual time."""
+    keys = [_Key(place + 1) for place in range(len(payloads))]
+    members = tuple(
+        Member(
+            hotkey=key.hotkey,
+            peer_id=f"peer-{place}",
+            maddrs=(),
+            weight=1.0,
+            reduces=True,
+            root=MerkleTree(layout.chunk_digests(payload)).root,
+        )
+        for place, (key, payload) in enumerate(zip(keys, payloads, strict=True))
+    )
+    plan = GroupPlan(
+        run_id="bench",
+        round=number,
+        attempt=0,
+        members=members,
+        layout=layout,
+        send_deadline_s=ROUND_S / 2,
+        deadline_s=ROUND_S,
+        max_abs=Recipe().averaging.max_abs,
+    )
+
+    async def exchange() -> list[AllReduceOutcome]:
+        hub = MemoryHub()
+        transports: list[MemoryTransport] = [hub.transport(member.peer_id) for member in members]
+        for transport in transports:
+            await transport.start()
+        try:
+            rounds = zip(keys, payloads, transports, strict=True)
+            return await asyncio.gather(*(all_reduce(plan, k, p, t, _verify) for k, p, t in rounds))
+        finally:
+            for transport in transports:
+                await transport.close()
+
+    return run_in_virtual_time(exchange())
+
+
+def mean_traffic(outcomes: Iterable[AllReduceOutcome]) -> float:
+    """Bytes that a member sent and received, the mean over the group."""
+    return statistics.fmean(outcome.bytes_sent + outcome.bytes_received for outcome in outcomes)
+
+
+class _Key:
+    """An Ed25519 identity."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(seed.to_bytes(32, "big"))
+        self.hotkey = self._key.public_key().public_bytes_raw().hex()
+
+    def sign(self, message: bytes) -> bytes:
+        return self._key.sign(message)
+
+
+def _verify(hotkey: str, message: bytes, signature: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
