@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import averaging_speed, exact, rounds, tradeoff
+import bench.averaging_speed
+import bench.exact
+import bench.rounds
+import bench.tradeoff
 from bench.harness import Claim, report
 
 logger = logging.getLogger(__name__)
 
 SECTIONS: dict[str, Callable[[bool], list[Claim]]] = {
-    "speed": averaging_speed.run,
-    "tradeoff": tradeoff.run,
-    "rounds": rounds.run,
-    "exact": exact.run,
+    "speed": bench.averaging_speed.run,
+    "tradeoff": bench.tradeoff.run,
+    "rounds": bench.rounds.run,
+    "exact": bench.exact.run,
 }
 QUICK = ("speed", "rounds", "exact")
 """What fits into two minutes; the bytes-against-loss curves are too long for that even when shortened."""

@@ -18,6 +18,7 @@ from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Identity
 from hivetrain.manifest import state_message
+from hivetrain.run import Averaging
 from template.axon import Caller
 from template.board import AllReduceTask, Board
 from template.protocol import (
@@ -85,6 +86,7 @@ class Handlers:
         identity: who this neuron is; signs the state that it holds for a leader who has it too.
         board: where the model's thread writes.
         layout: of what the all-reduce carries.
+        averaging: the recipe's table.
         why_not_leader: why ``hotkey`` may not ask for ``want`` in an attempt at a round, or None when it may; called
             as ``why_not_leader(hotkey, round, attempt, want)``.
         max_deadline_s: how long a leader may hold this neuron: the length of ALL_REDUCE.
@@ -98,6 +100,7 @@ class Handlers:
         identity: Identity,
         board: Board,
         layout: PayloadLayout,
+        averaging: Averaging,
         why_not_leader: Callable[[str, int, int, str], str | None],
         max_deadline_s: float = MAX_DEADLINE_S,
     ) -> None:
@@ -106,6 +109,7 @@ class Handlers:
         self._identity = identity
         self._board = board
         self._layout = layout
+        self._averaging = averaging
         self._why_not_leader = why_not_leader
         self._max_deadline_s = min(max_deadline_s, MAX_DEADLINE_S)
         self._coins = Coins()
@@ -248,6 +252,11 @@ class Handlers:
             return f"deadline {plan.deadline_s:g} s, the limit is {self._max_deadline_s:g} s"
         if plan.layout != self._layout:
             return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
+        if (plan.mean, plan.max_abs) != (self._averaging.mean, self._averaging.max_abs):
+            return (
+                f"mean {plan.mean!r} within ±{plan.max_abs:g}, "
+                f"the recipe says {self._averaging.mean!r} within ±{self._averaging.max_abs:g}"
+            )
         mine = plan.member(self._identity.hotkey)
         if mine is None:
             return "this hotkey is not in the group"

@@ -240,6 +240,7 @@ class Node:
             identity=self.identity,
             board=self.board,
             layout=self.parts.layout,
+            averaging=self.recipe.averaging,
             why_not_leader=self._why_not_leader,
             max_deadline_s=self.schedule.all_reduce * self.schedule.block_time_s,
         )

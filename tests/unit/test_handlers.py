@@ -184,6 +184,7 @@ def make_plan(world: World, contribution: Contribution, **changes: object) -> Gr
         attempt=0,
         members=(mine, leader),
         layout=world.parts.layout,
+        averaging=world.parts.recipe.averaging,
         send_deadline_s=5.0,
         deadline_s=10.0,
         max_abs=1e3,
@@ -248,6 +249,14 @@ def with_synapse(**changes: object) -> Changed:
     return lambda world, plan: synapse_of(world, plan, **changes)
 
 
+def other_mean(world: World, plan: GroupPlan) -> AllReduce:
+    return synapse_of(world, dataclasses.replace(plan, mean="median"))
+
+
+def other_bound(world: World, plan: GroupPlan) -> AllReduce:
+    return synapse_of(world, dataclasses.replace(plan, max_abs=10.0))
+
+
 def other_layout(world: World, plan: GroupPlan) -> AllReduce:
     layout = make_layout(world.parts.flat.size + 1, world.parts.recipe.averaging)
     return synapse_of(world, dataclasses.replace(plan, layout=layout))
@@ -273,6 +282,8 @@ def other_root(world: World, plan: GroupPlan) -> AllReduce:
         (with_synapse(attempt=1), f"plan is of round {ROUND}.0, the call of {ROUND}.1"),
         (with_synapse(base_manifest="ff" * 32), "base ffffffffffff, here"),
         (other_layout, "layout"),
+        (other_mean, "the recipe says 'mean'"),
+        (other_bound, "within ±10, the recipe says"),
         (without_me, "this hotkey is not in the group"),
         (other_root, "the plan names another root than the receipt's"),
         (with_synapse(plan=b"\xc1"), "malformed: plan is not msgpack"),

@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hivetrain.averaging.codecs import CODEC_NAMES, get_codec
+from hivetrain.averaging.robust import MEAN_NAMES
 from hivetrain.errors import RecipeError
 from hivetrain.run import (
     Averaging,
     Data,
     DeltaCodec,
     Inner,
+    MeanName,
     MomentsCodec,
     Recipe,
     Schedule,
@@ -64,6 +66,10 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         (
             "[averaging]\ncodec = 'zip'",
             "must be one of fp32, fp16, int8, int4, int2, sign, topk-1%, topk-10%, got 'zip'",
+        ),
+        (
+            "[averaging]\nmean = 'mode'",
+            "averaging.mean must be one of mean, norm_bound, trimmed_mean, median, centered",
         ),
         ("[averaging]\nmoments_codec = 'sign'", "averaging.moments_codec must be one of fp32, fp16, int8, int4, got"),
         ("[averaging]\nsecond_moments_codec = 'fp16'", "second_moments_codec must be one of fp32, log8, log4, got"),
@@ -116,6 +122,10 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_every_codec_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
     named = [name for literal in (DeltaCodec, MomentsCodec, SecondMomentsCodec) for name in get_args(literal)]
     assert {get_codec(name).name for name in named} == set(CODEC_NAMES)
+
+
+def test_every_mean_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
+    assert get_args(MeanName) == MEAN_NAMES
 
 
 def test_feedback_is_for_lossy_codecs() -> None:
