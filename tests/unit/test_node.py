@@ -8,7 +8,7 @@ import pytest
 
 from hivetrain.errors import ConfigError
 from hivetrain.run import Schedule
-from template.anchor import MAX_MADDR_CHARS, Anchor
+from template.anchor import MAX_MADDR_CHARS, Anchor, parse_anchor
 from template.chain.client import ChainCommitment, Metagraph, NeuronInfo
 from template.config import Secrets, parse_config
 from template.leader import Leaders, leader_order
@@ -46,6 +46,9 @@ class FakeChain:
     def commitments(self) -> dict[str, ChainCommitment]:
         return {hotkey: ChainCommitment(block=1, data=anchor.to_bytes()) for hotkey, anchor in self._anchors.items()}
 
+    def commit(self, data: bytes) -> None:
+        self._anchors["hotkey-0"] = parse_anchor(data)
+
     def block_hash(self, block: int) -> str:
         return f"0x{block:064x}"
 
@@ -78,6 +81,28 @@ def test_addresses_too_long_for_an_anchor_are_left_out_and_said() -> None:
     assert announced_maddrs([long, LOCAL]) == (LOCAL,)
     with pytest.raises(ConfigError, match=r"--dht\.announce_maddrs"):
         announced_maddrs([long])
+
+
+class FakeSwarm:
+    peer_id = "12D3me"
+
+    def visible_maddrs(self) -> list[str]:
+        return [LOCAL, PUBLIC]
+
+
+@pytest.mark.parametrize(("flags", "maddrs"), [([], (PUBLIC, LOCAL)), (["--dht.client_mode"], ())])
+def test_who_connects_outwards_only_announces_no_address(
+    tmp_path: Path, flags: list[str], maddrs: tuple[str, ...]
+) -> None:
+    made = neuron(tmp_path, [neuron_info(0)])
+    made.config = parse_config(["--neuron.dir", str(tmp_path), *flags], "miner", {})
+    made.swarm = FakeSwarm()  # type: ignore[assignment]
+    made.run_id, made._repo = "ab" * 32, "me/model"
+    made.announce(epoch=3, manifest="cd" * 32)
+    written = parse_anchor(made.chain.commitments()["hotkey-0"].data)
+    assert (written.peer_id, written.maddrs, written.epoch) == ("12D3me", maddrs, 3)
+    made.announce()  # where it is reached may change: what it stands for stays
+    assert parse_anchor(made.chain.commitments()["hotkey-0"].data) == written
 
 
 def test_strangers_and_addresses_that_cannot_be_dialled_are_no_peers_to_join_through(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
         ("[data]\nmax_miners = 257", "data.max_miners must be <= 256, got 257"),
         ("[data]\nrepo = 'corpus'", "data.repo must be OWNER/NAME"),
         ("[outer]\nmomentum = 1.0", "outer.momentum must be in [0, 1)"),
+        ("[schedule]\nleader_patience = 0", "schedule.leader_patience must be > 0"),
+        ("[schedule]\nleader_patience = 7", "must be <= schedule.all_reduce (6), got 7"),
     ],
 )
 def test_a_bad_recipe_is_refused_and_names_the_field(text: str, says: str) -> None:
