@@ -253,6 +253,12 @@ class RoundState:
             self.serving -= 1
             self.changed.notify()
 
+    def release(self) -> None:
+        """Let go of what is large: the round's objects refer to each other, and would hold it until a collection."""
+        self.holdings.clear()
+        self.payload = self.tree = None
+        del self.store
+
     def _moved(self) -> None:
         self.version += 1
         self.changed.notify()
