@@ -1,8 +1,8 @@
 """Where bulk connections arrive, and how they are dialled: a stranger is let in only with a token that is expected.
 
-A token is 32 bytes that both ends of a libp2p stream derived (`bulk.SessionKeys`); it is good once, for one stream, and
-only while that stream waits for it. Whoever presents none within `TOKEN_TIMEOUT_S` is cut off, and until then costs a
-file descriptor and 40 bytes; of so many strangers at once, the oldest of the busiest address goes first.
+A token is 32 bytes that both ends of a libp2p stream derived (`sealing.SessionKeys`); it is good once, for one stream,
+and only while that stream waits for it. Whoever presents none within `TOKEN_TIMEOUT_S` is cut off, and until then costs
+a file descriptor and 40 bytes; of so many strangers at once, the oldest of the busiest address goes first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from hivetrain.averaging.bulk import READY_BYTES, TOKEN_BYTES, SessionKeys
+from hivetrain.averaging.sealing import READY_BYTES, TOKEN_BYTES, SessionKeys
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Hivemind's peer-to-peer layer: its DHT for discovery, its libp2p daemon for identity, encryption and reach.
 
 Every stream begins in libp2p, which proves who is at the other end. Frames then move to a TCP connection of their own
-where one peer can dial the other (`upgrade`, `bulk`), and stay on the libp2p stream where not: through NATs and relays.
+where one peer can dial the other (`upgrade`, `sealing`), and stay on the libp2p stream where not: through NATs and
+relays.
 
 The only module that imports hivemind, and lazily: the import takes seconds. Everything runs inside the caller's event
 loop, with no process of hivemind's own but the libp2p daemon. The daemon ends with us however we end, `kill -9`
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 import warnings
@@ -30,11 +32,11 @@ from hivetrain.averaging.addresses import (
     listen_endpoints,
     parse_endpoint,
 )
-from hivetrain.averaging.bulk import BulkStream, Sealer
 from hivetrain.averaging.bulk_listener import BulkListener, Endpoint
-from hivetrain.averaging.libp2p_stream import LibP2PStream
+from hivetrain.averaging.framing import Clear, FrameStream
+from hivetrain.averaging.sealing import Sealer
 from hivetrain.averaging.transport import Acceptor, LinkLost, Stream, Traffic
-from hivetrain.averaging.upgrade import Reach, Upgrade, answer_upgrade, offer_upgrade
+from hivetrain.averaging.upgrade import Reach, answer_upgrade, offer_upgrade
 from hivetrain.errors import ConfigError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ DHT_TIMEOUT_S = 15.0
 MAX_VALUE_BYTES = 16 << 10
 MAX_VALUES = 1024
 UNDIALABLE_S = 60.0  # so long nobody dials a peer again that answered at no address
+MAX_EARLY_BYTES = 256 << 10
 MAX_NEGOTIATIONS = 64  # that one peer may have under way with us
 
 
@@ -90,7 +93,7 @@ class Swarm:
         self._maddrs: list[str] = []
         self._listener: BulkListener | None = None
         self._reach: Reach | None = None
-        self._links: set[BulkStream] = set()
+        self._links: set[FrameStream] = set()
         self._undialable: dict[str, float] = {}  # peer id: loop time from which it may be dialled again
         self._negotiating: Counter[str] = Counter()
         self.bulk_traffic = Traffic()
@@ -219,27 +222,35 @@ class Swarm:
                 peer = hivemind.PeerID.from_base58(peer_id)
                 await p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
                 info, reader, writer = await p2p.call_binary_stream_handler(peer, PROTOCOL)
-                return await self._upgrade(info, reader, writer, maddrs)
+                stream = await self._take_over(info, reader, writer)
+                return await self._upgrade(stream, ip_hosts([str(info.addr), *maddrs]), opening=True)
         except Exception as exc:  # addresses are a stranger's: whatever they make the client raise, it is not reached
             if not self.alive:
                 raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
             raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
 
-    async def _upgrade(
-        self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, maddrs: Sequence[str] | None
-    ) -> BulkStream | LibP2PStream:
-        """The stream on the path that both ends agree on. ``maddrs``: where we opened it to; None: it was accepted."""
-        reach, now = self._reach, asyncio.get_running_loop().time()
-        if reach is None:
-            raise LinkLost("this swarm has not started yet")
-        stream = LibP2PStream(info.peer_id.to_base58(), reader, writer)
-        peer_id = stream.remote_peer_id
-        hosts = ip_hosts([str(info.addr), *(maddrs or ())])
+    async def _take_over(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FrameStream:
+        """A stream of the daemon's, with its socket out of asyncio's hands."""
         try:
-            if maddrs is None:
-                agreed = await answer_upgrade(stream, reach, hosts)
-            else:
+            sock, early = await _detach(reader, writer)
+        except (OSError, RuntimeError) as exc:  # RuntimeError: it is closing
+            raise LinkLost(f"the stream to {info.peer_id.to_base58()} ended as it began: {exc}") from exc
+        return self._own(FrameStream(info.peer_id.to_base58(), sock, Clear(), Clear(), early, self._links.discard))
+
+    def _own(self, stream: FrameStream) -> FrameStream:
+        self._links.add(stream)
+        return stream
+
+    async def _upgrade(self, stream: FrameStream, hosts: Sequence[str], *, opening: bool) -> FrameStream:
+        """The stream on the path that both ends agree on. ``hosts``: where the peer may be dialled."""
+        reach, peer_id, now = self._reach, stream.remote_peer_id, asyncio.get_running_loop().time()
+        try:
+            if reach is None:
+                raise LinkLost("this swarm has not started yet")
+            if opening:
                 agreed = await offer_upgrade(stream, reach, hosts, self._undialable.get(peer_id, 0.0) <= now)
+            else:
+                agreed = await answer_upgrade(stream, reach, hosts)
         except BaseException:
             await stream.close()
             raise
@@ -248,33 +259,31 @@ class Swarm:
             self._undialable[peer_id] = now + UNDIALABLE_S
         logger.debug("swarm: frames of %s go by %s", peer_id, "libp2p" if agreed.sock is None else "bulk")
         if agreed.sock is None:
-            return LibP2PStream(peer_id, reader, writer, self.libp2p_traffic)
-        link = self._own(peer_id, agreed.sock, agreed)
-        try:
-            await stream.close()
-        except BaseException:
-            link.end()
-            raise
-        return link
-
-    def _own(self, peer_id: str, sock: socket.socket, agreed: Upgrade) -> BulkStream:
-        outgoing, incoming = Sealer(agreed.outgoing), Sealer(agreed.incoming)
-        link = BulkStream(peer_id, sock, outgoing, incoming, self.bulk_traffic, self._links.discard)
-        self._links.add(link)
-        return link
+            stream.count_into(self.libp2p_traffic)
+            return stream
+        sealers = Sealer(agreed.outgoing), Sealer(agreed.incoming)
+        bulk = self._own(FrameStream(peer_id, agreed.sock, *sealers, on_end=self._links.discard))
+        bulk.count_into(self.bulk_traffic)
+        await stream.close()
+        return bulk
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        task = asyncio.current_task()
-        if self._acceptor is None or task is None or self._negotiating[peer_id] >= MAX_NEGOTIATIONS:
-            await LibP2PStream(peer_id, reader, writer).close()
+        if self._acceptor is None or self._negotiating[peer_id] >= MAX_NEGOTIATIONS:
+            writer.transport.abort()
             return
+        # A task of our own: hivemind's, cancelled, would be reported as an error.
+        stream = await self._take_over(info, reader, writer)
+        task = asyncio.create_task(self._answer(stream, ip_hosts([str(info.addr)])))
         self._answering.add(task)
-        stream: Stream | None = None
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, stream: FrameStream, hosts: Sequence[str]) -> None:
+        peer_id = stream.remote_peer_id
         try:
             self._negotiating[peer_id] += 1
             try:
-                stream = await self._upgrade(info, reader, writer, None)
+                stream = await self._upgrade(stream, hosts, opening=False)
             finally:
                 self._negotiating[peer_id] -= 1
                 self._negotiating += Counter()  # forget who has none
@@ -285,9 +294,7 @@ class Swarm:
         except Exception:  # the boundary: one stream must not end the node
             logger.exception("swarm: a stream of %s failed", peer_id)
         finally:
-            self._answering.discard(task)
-            if stream is not None:
-                await stream.close()
+            await stream.close()
 
     async def store(self, key: str, subkey: str, value: bytes, expires_in_s: float) -> bool:
         """Store ``value`` under ``key`` and ``subkey`` for so long. Returns whether a node took it.
@@ -357,6 +364,24 @@ def _import_hivemind() -> Any:
             warnings.simplefilter("ignore")
             _hivemind = _Hivemind()
     return _hivemind
+
+
+async def _detach(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[socket.socket, bytes]:
+    """The socket of an asyncio stream, taken from it, and what had been read from it already.
+
+    Raises:
+        OSError, RuntimeError: it is ending.
+    """
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    early = b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):
+            while piece := await reader.read(MAX_EARLY_BYTES):  # returns at once, or waits and is stopped
+                early += piece
+    sock = socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
+    sock.setblocking(False)
+    writer.transport.abort()
+    return sock, early
 
 
 def _require_maddr(hivemind: Any, maddr: str) -> None:

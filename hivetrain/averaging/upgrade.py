@@ -1,4 +1,4 @@
-"""How two peers agree, on a libp2p stream, to move their frames to a TCP connection of their own (`bulk`).
+"""How two peers agree, on a libp2p stream, to move their frames to a TCP connection of their own (`sealing`).
 
     opener    Hello       its secret, where it can be dialled
     acceptor  Offer       its secret, where it can be dialled
@@ -25,9 +25,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from hivetrain.averaging.bulk import SECRET_BYTES, SessionKeys
 from hivetrain.averaging.bulk_listener import BulkListener, Endpoint, dial
 from hivetrain.averaging.messages import Message, receive
+from hivetrain.averaging.sealing import SECRET_BYTES, SessionKeys
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import PeerFault
 

@@ -118,6 +118,21 @@ async def what_was_sent_before_the_end_arrives(here: Transport, there: Transport
     await stream.close()
 
 
+async def last_words_arrive_though_the_peer_is_not_read(here: Transport, there: Transport, maddrs: list[str]) -> None:
+    async def refuse(stream: Stream) -> None:
+        await stream.receive(1 << 20)
+        await stream.send(b"refused")
+
+    here.set_acceptor(refuse)
+    for _ in range(10):
+        stream = await there.open(here.peer_id, maddrs, 5.0)
+        with contextlib.suppress(LinkLost):
+            for _ in range(20):
+                await stream.send(bytes(1 << 16))
+        assert await stream.receive(10) == b"refused"
+        await stream.close()
+
+
 async def closed_stream_ends_at_the_other_end(here: Transport, there: Transport, maddrs: list[str]) -> None:
     ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -196,6 +211,7 @@ CHECKS = [
     frames_arrive_whole_and_in_order,
     frame_that_is_too_long_is_refused,
     what_was_sent_before_the_end_arrives,
+    last_words_arrive_though_the_peer_is_not_read,
     closed_stream_ends_at_the_other_end,
     unknown_peer_cannot_be_reached,
     only_one_acceptor_at_a_time,

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import pytest
 
 from hivetrain.averaging import bulk_listener
-from hivetrain.averaging.bulk import SessionKeys
 from hivetrain.averaging.bulk_listener import MAGIC, BulkListener, dial
+from hivetrain.averaging.sealing import SessionKeys
 
 KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
 OTHER = SessionKeys.derive(b"c" * 32, b"d" * 32, "opener", "acceptor")

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
 
-from hivetrain.averaging.bulk import RECORD_BYTES, TAG_BYTES, BulkStream, Sealer, SessionKeys
+from hivetrain.averaging.framing import RECORD_BYTES, Clear, FrameStream
+from hivetrain.averaging.sealing import TAG_BYTES, Sealer, SessionKeys
 from hivetrain.averaging.transport import MAX_FRAME_BYTES, LinkLost
 from hivetrain.errors import Fault, PeerFault
 
@@ -27,16 +28,16 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
-def opener_end(sock: socket.socket) -> BulkStream:
-    return BulkStream("acceptor", sock, Sealer(KEYS.opener_key), Sealer(KEYS.acceptor_key))
+def opener_end(sock: socket.socket) -> FrameStream:
+    return FrameStream("acceptor", sock, Sealer(KEYS.opener_key), Sealer(KEYS.acceptor_key))
 
 
-def acceptor_end(sock: socket.socket) -> BulkStream:
-    return BulkStream("opener", sock, Sealer(KEYS.acceptor_key), Sealer(KEYS.opener_key))
+def acceptor_end(sock: socket.socket) -> FrameStream:
+    return FrameStream("opener", sock, Sealer(KEYS.acceptor_key), Sealer(KEYS.opener_key))
 
 
 @contextlib.asynccontextmanager
-async def streams() -> AsyncIterator[tuple[BulkStream, BulkStream]]:
+async def streams() -> AsyncIterator[tuple[FrameStream, FrameStream]]:
     near, far = tcp_pair()
     ends = opener_end(near), acceptor_end(far)
     try:
@@ -59,7 +60,7 @@ def sealed(*frames: bytes) -> list[bytes]:
     sealer, wire = Sealer(KEYS.opener_key), []
     for frame in frames:
         header, out = len(frame).to_bytes(4, "big"), bytearray(len(frame) + TAG_BYTES)
-        sealer.seal_into(frame, header, memoryview(out))
+        sealer.wrap(frame, header, memoryview(out))
         wire.append(header + bytes(out))
     return wire
 
@@ -77,7 +78,7 @@ async def received_from(wire: bytes, frames: int, max_bytes: int = 1 << 20) -> l
             stream.end()
 
 
-async def collect(stream: BulkStream, got: list[bytes]) -> None:
+async def collect(stream: FrameStream, got: list[bytes]) -> None:
     while True:
         got.append(await stream.receive(100))
 
@@ -98,6 +99,41 @@ def test_frames_of_every_size_arrive_whole_and_in_order_both_ways() -> None:
                 await near.send(memoryview(frame))
                 assert await near.receive(MAX_FRAME_BYTES) == frame
             await echoing
+
+    run(main)
+
+
+def test_frames_in_the_clear_begin_with_what_was_read_before() -> None:
+    frames = [b"early", b"", os.urandom(RECORD_BYTES + 7), b"late"]
+    wire = b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
+
+    async def main() -> None:
+        for cut in (0, 2, 4, 9, 11, 13, 5000, len(wire)):
+            near, far = tcp_pair()
+            stream = FrameStream("peer", far, Clear(), Clear(), early=wire[:cut])
+            with near:
+                sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(near, wire[cut:]))
+                assert [await stream.receive(MAX_FRAME_BYTES) for _ in frames] == frames
+                await sending
+                await stream.send(b"answer")
+                assert await asyncio.get_running_loop().sock_recv(near, 100) == b"\x00\x00\x00\x06answer"
+            stream.end()
+
+    run(main)
+
+
+def test_what_arrived_is_read_though_sending_has_failed() -> None:
+    async def main() -> None:
+        async with streams() as (near, far):
+            await far.send(b"refused")
+            far.end()
+            with pytest.raises(LinkLost):
+                await flood(near)
+            assert await near.receive(100) == b"refused"
+
+    async def flood(stream: FrameStream) -> None:
+        while True:
+            await stream.send(bytes(1 << 20))
 
     run(main)
 
@@ -218,7 +254,7 @@ def test_cancelled_receive_loses_nothing() -> None:
             sealer = Sealer(KEYS.opener_key)
             for record in (frame[:RECORD_BYTES], frame[RECORD_BYTES:]):
                 out = bytearray(len(record) + TAG_BYTES)
-                sealer.seal_into(record, len(frame).to_bytes(4, "big"), memoryview(out))
+                sealer.wrap(record, len(frame).to_bytes(4, "big"), memoryview(out))
                 wire += bytes(out)
             wire = len(frame).to_bytes(4, "big") + wire
             for piece in (wire[:2], wire[2:1000], wire[1000 : RECORD_BYTES + 50]):
@@ -297,11 +333,11 @@ def test_last_words_arrive_though_the_peers_bytes_stay_unread() -> None:
 
 def test_closed_ends_give_back_their_sockets() -> None:
     async def main() -> None:
-        ended: asyncio.Queue[BulkStream] = asyncio.Queue()
+        ended: asyncio.Queue[FrameStream] = asyncio.Queue()
         near, far = tcp_pair()
         ends = [
-            BulkStream("far", near, Sealer(KEYS.opener_key), Sealer(KEYS.acceptor_key), None, ended.put_nowait),
-            BulkStream("near", far, Sealer(KEYS.acceptor_key), Sealer(KEYS.opener_key), None, ended.put_nowait),
+            FrameStream("far", near, Sealer(KEYS.opener_key), Sealer(KEYS.acceptor_key), on_end=ended.put_nowait),
+            FrameStream("near", far, Sealer(KEYS.acceptor_key), Sealer(KEYS.opener_key), on_end=ended.put_nowait),
         ]
         for end in ends:
             await end.close()
@@ -314,12 +350,12 @@ def test_closed_ends_give_back_their_sockets() -> None:
 
 
 def test_socket_of_a_peer_that_never_hangs_up_is_closed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hivetrain.averaging.bulk.LINGER_S", 0.05)
+    monkeypatch.setattr("hivetrain.averaging.framing.LINGER_S", 0.05)
 
     async def main() -> None:
         near, far = tcp_pair()
         ended = asyncio.Event()
-        stream = BulkStream(
+        stream = FrameStream(
             "far", near, Sealer(KEYS.opener_key), Sealer(KEYS.acceptor_key), on_end=lambda _: ended.set()
         )
         with far:

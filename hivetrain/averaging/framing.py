@@ -1,15 +1,11 @@
-"""Frames over a TCP socket of their own, sealed: where an all-reduce's bytes travel when two peers can dial each other.
+"""Frames over a socket: one copy leads from a frame to the kernel.
 
-Through the libp2p daemon every byte is copied between processes and encrypted there a second time; here one copy leads
-from a frame to the kernel. Who is at the other end was proved by libp2p: the secret from which the keys derive has only
-ever been on that peer's authenticated, encrypted stream (`upgrade`).
+On the wire a frame of L bytes is L (4 bytes, big-endian) and its bytes, cut into records of up to `RECORD_BYTES` and
+wrapped: sealed on a connection of its own (`sealing`), as they are on a libp2p stream, which is encrypted already. The
+end of a connection is not authenticated: it says no more than that the link is lost.
 
-On the wire a frame of L bytes is L (4 bytes, big-endian) and records of up to `RECORD_BYTES` of it, each as AES-256-GCM
-ciphertext and 16-byte tag. L is every record's associated data, the nonce counts the records of its direction, and each
-direction has a key: a record that is altered, dropped, repeated, moved or sent back does not open. The end of the
-connection is not authenticated: it says no more than that the link is lost.
-
-Sources: AES-GCM as in NIST SP 800-38D; HKDF as in RFC 5869.
+Sockets and not asyncio's streams, for three reasons: those copy every byte once more, a cancelled read can lose what it
+had taken, and a failed write loses what had arrived before it.
 """
 
 from __future__ import annotations
@@ -18,96 +14,67 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
-
-import msgpack
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from typing import Protocol
 
 from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.transport import FRAME_LENGTH_BYTES, MAX_FRAME_BYTES, LinkLost, Traffic
 from hivetrain.errors import Fault, PeerFault
 
-RECORD_BYTES = 1 << 20  # measured: 0.44 CPU seconds per GB and both ends, 0.62 with records of 64 KiB
-TAG_BYTES = 16
-SECRET_BYTES = 32
-TOKEN_BYTES = 32
-READY_BYTES = 32
+RECORD_BYTES = 1 << 20  # measured: sealed, 0.44 CPU seconds per GB and both ends, 0.62 with records of 64 KiB
 CLOSE_TIMEOUT_S = 5.0
 LINGER_S = 2.0
 LONG_FRAME_BYTES = 64 << 10  # other tasks get a turn before each frame that follows one of this size
 _DISCARD_BYTES = 64 << 10
-_KEY_BYTES = 32
 _EMPTY = memoryview(b"")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionKeys:
-    """What both ends of one stream derive, and neither chooses.
-
-    Attributes:
-        token: what the end that dials presents.
-        ready: what the other one answers, so that the first knows whom it reached.
-        opener_key, acceptor_key: what each seals its frames with.
-    """
-
-    token: bytes
-    ready: bytes
-    opener_key: bytes
-    acceptor_key: bytes
-
-    @classmethod
-    def derive(
-        cls, opener_secret: bytes, acceptor_secret: bytes, opener_peer_id: str, acceptor_peer_id: str
-    ) -> SessionKeys:
-        """Keys from both ends' randomness, bound to both peer ids."""
-        info = msgpack.packb(["hivetrain-bulk/1", opener_peer_id, acceptor_peer_id])
-        sizes = (TOKEN_BYTES, READY_BYTES, _KEY_BYTES, _KEY_BYTES)
-        hkdf = HKDF(algorithm=SHA256(), length=sum(sizes), salt=None, info=info)
-        derived = memoryview(hkdf.derive(opener_secret + acceptor_secret))
-        ends = list(accumulate(sizes))
-        token, ready, opener_key, acceptor_key = (bytes(derived[e - n : e]) for e, n in zip(ends, sizes, strict=True))
-        return cls(token=token, ready=ready, opener_key=opener_key, acceptor_key=acceptor_key)
+class NotSealed(Exception):
+    """Bytes that the peer at the other end did not wrap."""
 
 
-class Sealer:
-    """One direction's key and record counter; the sending and the receiving end each have one."""
+class Wrapping(Protocol):
+    """What becomes of one direction's records on their way. Records come in order."""
 
-    def __init__(self, key: bytes) -> None:
-        self._aead = AESGCM(key)
-        self._count = 0
+    @property
+    def overhead(self) -> int:
+        """Bytes by which a wrapped record is longer."""
+        ...
 
-    def seal_into(self, record: Bytes, header: bytes, out: memoryview) -> None:
-        """Write ciphertext and tag of ``record`` to ``out``, which is `TAG_BYTES` longer."""
-        self._aead.encrypt_into(self._nonce(), record, header, out)
+    def wrap(self, record: Bytes, header: bytes, out: memoryview) -> None:
+        """Write ``record``, wrapped, to ``out``; ``header`` is its frame's length as it travels."""
+        ...
 
-    def open(self, sealed: memoryview, header: bytes) -> bytes:
-        """The record in ``sealed``.
+    def unwrap(self, wrapped: memoryview, header: bytes) -> bytes:
+        """The record.
 
         Raises:
-            InvalidTag: it is not the one that comes next in this direction.
+            NotSealed: it is not the one that comes next.
         """
-        return self._aead.decrypt(self._nonce(), sealed, header)
-
-    def _nonce(self) -> bytes:
-        nonce = self._count.to_bytes(12, "big")
-        self._count += 1
-        return nonce
+        ...
 
 
-class BulkStream:
+class Clear:
+    """A `Wrapping` that leaves records as they are."""
+
+    overhead = 0
+
+    def wrap(self, record: Bytes, header: bytes, out: memoryview) -> None:
+        out[:] = record
+
+    def unwrap(self, wrapped: memoryview, header: bytes) -> bytes:
+        return bytes(wrapped)
+
+
+class FrameStream:
     """A `Stream` over a connected, non-blocking socket, which it owns. One task sends and one receives at a time.
 
     A cancelled `receive` loses nothing; what a cancelled `send` had begun goes out before the next frame.
 
     Args:
         remote_peer_id: as libp2p proved it.
-        sock: nothing but sealed frames comes from it any more.
+        sock: nothing but frames comes from it any more.
         outgoing, incoming: of the two directions.
-        traffic: counts what this stream carries.
+        early: what was read from ``sock`` before.
         on_end: called once, when the socket is closed.
     """
 
@@ -115,10 +82,10 @@ class BulkStream:
         self,
         remote_peer_id: str,
         sock: socket.socket,
-        outgoing: Sealer,
-        incoming: Sealer,
-        traffic: Traffic | None = None,
-        on_end: Callable[[BulkStream], None] = lambda stream: None,
+        outgoing: Wrapping,
+        incoming: Wrapping,
+        early: bytes = b"",
+        on_end: Callable[[FrameStream], None] = lambda stream: None,
     ) -> None:
         self._remote_peer_id = remote_peer_id
         self._sock = sock
@@ -127,18 +94,18 @@ class BulkStream:
         self._waiting: set[asyncio.Future[None]] = set()
         self._linger: asyncio.TimerHandle | None = None
         self._closing = self._ended = False
-        self._traffic = traffic or Traffic()
-        self._traffic.streams += 1
-        # Outgoing: sealed bytes not yet taken by the kernel, and what of the frame is not yet sealed.
+        self._traffic = Traffic()
+        # Outgoing: wrapped bytes not yet taken by the kernel, and what of the frame is not yet wrapped.
         self._outgoing = outgoing
         self._sending = asyncio.Lock()
         self._out = bytearray()
         self._unsent = _EMPTY
-        self._unsealed: memoryview | None = None
+        self._unwrapped: memoryview | None = None
         self._out_header = b""
         self._sent_long = False
         # Incoming: of the frame that is on its way.
         self._incoming = incoming
+        self._early = memoryview(early)
         self._in = bytearray(FRAME_LENGTH_BYTES)
         self._filled = 0
         self._size: int | None = None
@@ -149,6 +116,11 @@ class BulkStream:
     @property
     def remote_peer_id(self) -> str:
         return self._remote_peer_id
+
+    def count_into(self, traffic: Traffic) -> None:
+        """Count what this stream carries from here on in ``traffic``."""
+        self._traffic = traffic
+        traffic.streams += 1
 
     # Sending
 
@@ -161,25 +133,25 @@ class BulkStream:
                 await asyncio.sleep(0)
             await self._drain()
             self._out_header = len(view).to_bytes(FRAME_LENGTH_BYTES, "big")
-            self._seal(view, self._out_header)
+            self._wrap(view, self._out_header)
             self._sent_long = len(view) >= LONG_FRAME_BYTES
             try:
                 await self._drain()
             except asyncio.CancelledError:
-                if self._unsealed is not None:
-                    self._unsealed = memoryview(bytes(self._unsealed))  # the caller's buffer is its own again
+                if self._unwrapped is not None:
+                    self._unwrapped = memoryview(bytes(self._unwrapped))  # the caller's buffer is its own again
                 raise
             self._traffic.bytes_sent += len(view)
 
-    def _seal(self, view: memoryview, prefix: bytes) -> None:
+    def _wrap(self, view: memoryview, prefix: bytes) -> None:
         record, rest = view[:RECORD_BYTES], view[RECORD_BYTES:]
-        start, stop = len(prefix), len(prefix) + len(record) + TAG_BYTES
+        start, stop = len(prefix), len(prefix) + len(record) + self._outgoing.overhead
         if len(self._out) < stop:
             self._out = bytearray(stop)
         out = memoryview(self._out)[:stop]
         out[:start] = prefix
-        self._outgoing.seal_into(record, self._out_header, out[start:])
-        self._unsent, self._unsealed = out, rest if len(rest) else None
+        self._outgoing.wrap(record, self._out_header, out[start:])
+        self._unsent, self._unwrapped = out, rest if len(rest) else None
 
     async def _drain(self) -> None:
         """Until the kernel has taken everything that `send` was given."""
@@ -193,10 +165,10 @@ class BulkStream:
                     raise self._lost(f"while we sent: {exc}") from exc
                 else:
                     self._unsent = self._unsent[sent:]
-            if self._unsealed is None:
+            if self._unwrapped is None:
                 self._live()
                 return
-            self._seal(self._unsealed, b"")
+            self._wrap(self._unwrapped, b"")
 
     # Receiving
 
@@ -213,11 +185,11 @@ class BulkStream:
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
         opened = RECORD_BYTES * len(self._records)
         while True:
-            sealed_bytes = min(size - opened, RECORD_BYTES) + TAG_BYTES
-            await self._fill(sealed_bytes)
+            wrapped_bytes = min(size - opened, RECORD_BYTES) + self._incoming.overhead
+            await self._fill(wrapped_bytes)
             try:
-                record = self._incoming.open(memoryview(self._in)[:sealed_bytes], self._in_header)
-            except InvalidTag:
+                record = self._incoming.unwrap(memoryview(self._in)[:wrapped_bytes], self._in_header)
+            except NotSealed:
                 raise self._lost("with bytes that its peer did not seal") from None
             self._filled = 0
             self._records.append(record)
@@ -234,6 +206,10 @@ class BulkStream:
         """Until so many bytes of the next header or record are in the buffer."""
         if len(self._in) < num_bytes:
             self._in += bytes(num_bytes - len(self._in))
+        if self._early and self._filled < num_bytes:
+            piece, self._early = self._early[: num_bytes - self._filled], self._early[num_bytes - self._filled :]
+            self._in[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
         while self._filled < num_bytes:
             try:
                 count = self._live().recv_into(memoryview(self._in)[self._filled : num_bytes])
@@ -274,7 +250,7 @@ class BulkStream:
             self._hang_up()
 
     async def _finish_sending(self) -> None:
-        if self._unsent or self._unsealed is not None:
+        if self._unsent or self._unwrapped is not None:
             with contextlib.suppress(LinkLost, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S), self._sending:
                     await self._drain()
