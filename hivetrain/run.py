@@ -30,6 +30,7 @@ GENESIS = "genesis"
 DeltaCodec = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "topk-1%", "topk-10%"]
 MomentsCodec = Literal["fp32", "fp16", "int8", "int4"]
 SecondMomentsCodec = Literal["fp32", "log8", "log4"]
+MeanName = Literal["mean", "norm_bound", "trimmed_mean", "median", "centered_clip"]
 ROUGH_CODECS = ("int2", "sign", "topk-1%", "topk-10%")
 """What they lose is lost in one direction, so that they need error feedback."""
 
@@ -188,6 +189,7 @@ class Averaging:
     error_feedback: bool = True  # what a lossy codec did not carry goes into the next round's payload
     moments_codec: MomentsCodec = "fp32"  # of AdamW's first moment, which has no feedback
     second_moments_codec: SecondMomentsCodec = "fp32"  # even levels would make small ones 0, and AdamW divides by them
+    mean: MeanName = "mean"  # another one where contributions are not verified (`hivetrain.averaging.robust`)
     max_abs: float = 1e3  # a value past it is out of bound
     min_members: int = 1  # fewer senders than this: the round fails
 
@@ -196,6 +198,7 @@ class Averaging:
         _one_of("averaging.codec", self.codec, DeltaCodec)
         _one_of("averaging.moments_codec", self.moments_codec, MomentsCodec)
         _one_of("averaging.second_moments_codec", self.second_moments_codec, SecondMomentsCodec)
+        _one_of("averaging.mean", self.mean, MeanName)
         _require(
             self.error_feedback or self.codec not in ROUGH_CODECS,
             f"averaging.codec = {self.codec!r} needs averaging.error_feedback = true: what it leaves out is never sent",

@@ -88,6 +88,7 @@ class Handlers:
         why_not_leader: why ``hotkey`` may not ask for ``want`` in an attempt at a round, or None when it may; called
             as ``why_not_leader(hotkey, round, attempt, want)``.
         max_deadline_s: how long a leader may hold this neuron: the length of ALL_REDUCE.
+        mean: how the recipe joins vectors.
     """
 
     def __init__(
@@ -100,12 +101,14 @@ class Handlers:
         layout: PayloadLayout,
         why_not_leader: Callable[[str, int, int, str], str | None],
         max_deadline_s: float = MAX_DEADLINE_S,
+        mean: str = "mean",
     ) -> None:
         self._role = role
         self._run_id = run_id
         self._identity = identity
         self._board = board
         self._layout = layout
+        self._mean = mean
         self._why_not_leader = why_not_leader
         self._max_deadline_s = min(max_deadline_s, MAX_DEADLINE_S)
         self._coins = Coins()
@@ -248,6 +251,8 @@ class Handlers:
             return f"deadline {plan.deadline_s:g} s, the limit is {self._max_deadline_s:g} s"
         if plan.layout != self._layout:
             return f"layout {plan.layout.layout_hash[:12]}, here {self._layout.layout_hash[:12]}"
+        if plan.mean != self._mean:
+            return f"vectors are joined by {plan.mean}, here by {self._mean}"
         mine = plan.member(self._identity.hotkey)
         if mine is None:
             return "this hotkey is not in the group"

@@ -242,6 +242,7 @@ class Node:
             layout=self.parts.layout,
             why_not_leader=self._why_not_leader,
             max_deadline_s=self.schedule.all_reduce * self.schedule.block_time_s,
+            mean=self.parts.recipe.averaging.mean,
         )
         self.axon.attach(IsAlive, handlers.is_alive)
         self.axon.attach(Train, handlers.train)

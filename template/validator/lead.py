@@ -107,6 +107,7 @@ def make_plan(
         send_deadline_s=duration_s / 2,
         deadline_s=duration_s,
         max_abs=parts.recipe.averaging.max_abs,
+        mean=parts.recipe.averaging.mean,
     )
 
 

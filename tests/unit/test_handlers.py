@@ -273,6 +273,7 @@ def other_root(world: World, plan: GroupPlan) -> AllReduce:
         (with_synapse(attempt=1), f"plan is of round {ROUND}.0, the call of {ROUND}.1"),
         (with_synapse(base_manifest="ff" * 32), "base ffffffffffff, here"),
         (other_layout, "layout"),
+        (with_plan(mean="median"), "vectors are joined by median, here by mean"),
         (without_me, "this hotkey is not in the group"),
         (other_root, "the plan names another root than the receipt's"),
         (with_synapse(plan=b"\xc1"), "malformed: plan is not msgpack"),

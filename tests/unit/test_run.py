@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hivetrain.averaging.codecs import CODEC_NAMES, get_codec
+from hivetrain.averaging.robust import MEAN_NAMES
 from hivetrain.errors import RecipeError
 from hivetrain.run import (
     Averaging,
     Data,
     DeltaCodec,
     Inner,
+    MeanName,
     MomentsCodec,
     Recipe,
     Schedule,
@@ -116,6 +118,12 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_every_codec_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
     named = [name for literal in (DeltaCodec, MomentsCodec, SecondMomentsCodec) for name in get_args(literal)]
     assert {get_codec(name).name for name in named} == set(CODEC_NAMES)
+
+
+def test_every_mean_exists_and_can_be_named() -> None:
+    assert get_args(MeanName) == MEAN_NAMES
+    with pytest.raises(RecipeError, match=r"averaging\.mean must be one of mean, .*, got 'mode'"):
+        parse_recipe('[averaging]\nmean = "mode"')
 
 
 def test_feedback_is_for_lossy_codecs() -> None:
