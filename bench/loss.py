@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUM_MINERS = 3
-SINGLE_RATES = (2.5e-3, 4e-3, 6e-3)
+SINGLE_RATES = (5e-3, 8e-3, 1.1e-2)
 MAX_GAP = 0.03
 
 

@@ -89,7 +89,7 @@ class Tokenizer:
 class Adapter:
     """Which parameters train. Source of DoRA: https://arxiv.org/abs/2402.09353."""
 
-    kind: Literal["dora", "dora_linear", "lora", "full"] = "dora"  # dora_linear: the mean of vectors is exact
+    kind: Literal["dora", "dora_linear", "lora", "full"] = "dora_linear"  # dora_linear: the mean of vectors is exact
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()  # empty: every linear layer but the head
@@ -141,13 +141,13 @@ class Inner:
     """A miner's local AdamW. The learning rate warms up, then follows a cosine over ``total_steps``."""
 
     max_steps: int = 50  # H: inner steps in one round
-    lr: float = 6e-3
-    final_lr_ratio: float = 0.1
-    warmup_steps: int = 100  # long: steps taken apart cancel out in the mean while the model is still unformed
+    lr: float = 1e-2
+    final_lr_ratio: float = 0.3  # the mean of miners lessens the noise that a lower rate would
+    warmup_steps: int = 150  # long: steps taken apart cancel out in the mean while the model is still unformed
     total_steps: int = 600
     rewarm_steps: int = 10  # of warm-up after a merge of the adapter
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.8
+    beta2: float = 0.97
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -221,6 +221,7 @@ def open_failover(world: World, folder: Path, num_validators: int = 2) -> Iterat
             identity=neuron.identity,
             board=neuron.board,
             layout=world.parts.layout,
+            averaging=world.parts.recipe.averaging,
             why_not_leader=neuron._why_not_leader,
         )
         axons[name].attach(IsAlive, handlers.is_alive)

@@ -178,6 +178,7 @@ class World:
             identity=miner,
             board=board,
             layout=self.parts.layout,
+            averaging=self.parts.recipe.averaging,
             why_not_leader=why_not_leader,
         )
 

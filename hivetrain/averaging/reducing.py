@@ -64,13 +64,17 @@ def decode_sane(plan: GroupPlan, start: int, stop: int, data: Bytes) -> Tensor:
 def reduce_chunks(
     plan: GroupPlan, start: int, stop: int, vectors: Sequence[Tensor], weights: Sequence[float], seed: int
 ) -> bytes:
-    """Encoded mean of chunks ``[start, stop)``, which begin with a block, from vectors in the plan's order."""
+    """Encoded mean of chunks ``[start, stop)``, which begin with a block, from vectors in the plan's order.
+
+    Sections are joined apart: in a norm over both, second moments would vanish beside the pseudo-gradient.
+    """
     combine = get_mean(plan.mean)
     pieces, position = [], 0
     for first, end in plan.blocks(start, stop):
-        edge = position + plan.layout.num_elements(first, end)
-        pieces.append(combine([vector[position:edge] for vector in vectors], weights))
-        position = edge
+        for span in plan.layout.spans(first, end):
+            edge = position + span.num_elements
+            pieces.append(combine([vector[position:edge] for vector in vectors], weights))
+            position = edge
     mean = pieces[0] if len(pieces) == 1 else torch.from_numpy(np.concatenate([piece.numpy() for piece in pieces]))
     return plan.layout.encode_chunks(mean, start, stop, seed)
 

@@ -17,7 +17,7 @@ apart, and only `norm_bound` still differs from the mean.
 
 Sources: trimmed mean and median per coordinate, https://arxiv.org/abs/1803.01498; centred clipping,
 https://arxiv.org/abs/2012.10333.
-Shapes: n = members, B = values of a block (up to 262,144).
+Shapes: n = members, B = values of a block.
 """
 
 from __future__ import annotations
