@@ -6,17 +6,28 @@ the model, the schedule, the averaging and the outer step together.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from hivetrain.model import assemble
-from hivetrain.run import Data, Inner, Model, Outer, Recipe
+from hivetrain.run import Adapter, Data, Inner, Model, Outer, Recipe
 from hivetrain.training import InnerLoop, genesis_state, heldout_loss, outer_step, pseudo_gradient
 
 MODEL = Model(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128)
-INNER = Inner(max_steps=10, lr=4e-3, warmup_steps=2, total_steps=40, snapshot_every=5)
-RECIPE = Recipe(model=MODEL, data=Data(seq_len=16, batch_size=4), inner=INNER)
+INNER = Inner(
+    max_steps=10,
+    lr=4e-3,
+    final_lr_ratio=0.1,
+    warmup_steps=2,
+    total_steps=40,
+    beta1=0.9,
+    beta2=0.95,
+    snapshot_every=5,
+)
+RECIPE = Recipe(model=MODEL, adapter=Adapter(kind="dora"), data=Data(seq_len=16, batch_size=4), inner=INNER)
 
 LOSSES = (
     4.848400592803955,
@@ -88,3 +99,10 @@ def test_one_round_of_two_miners_gives_the_pinned_numbers() -> None:
 def test_the_names_and_shapes_of_the_trainable_vector_are_pinned() -> None:
     """Another version of peft or transformers must not rename a parameter unseen: nodes could not average."""
     assert assemble(RECIPE, None, 128, "cpu").flat.entries == ENTRIES
+
+
+def test_the_linear_form_names_the_same_but_for_its_frozen_a() -> None:
+    linear = dataclasses.replace(RECIPE, adapter=Adapter(kind="dora_linear"))
+    entries = assemble(linear, None, 128, "cpu").flat.entries
+    assert [shape for _, shape in entries] == [shape for name, shape in ENTRIES if "lora_A" not in name]
+    assert not any("lora_A" in name for name, _ in entries)

@@ -184,7 +184,6 @@ def make_plan(world: World, contribution: Contribution, **changes: object) -> Gr
         attempt=0,
         members=(mine, leader),
         layout=world.parts.layout,
-        averaging=world.parts.recipe.averaging,
         send_deadline_s=5.0,
         deadline_s=10.0,
         max_abs=1e3,

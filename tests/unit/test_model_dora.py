@@ -66,11 +66,11 @@ def test_a_fresh_adapter_does_not_change_the_model(build: Any) -> None:
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_factored_dora_gives_the_loss_and_gradients_of_pefts_own(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = attach_adapter(build(), run.Adapter(), 3)
+    ours = attach_adapter(build(), run.Adapter(kind="dora"), 3)
     assert any(isinstance(m, FactoredDora) for m in ours.modules())
     # Makes the exchange of layers find nothing to exchange: peft's own layers stay.
     monkeypatch.setattr("hivetrain.model.dora.FactoredDora", lambda layer, _weight: layer)
-    peft_own = attach_adapter(build(), run.Adapter(), 3)
+    peft_own = attach_adapter(build(), run.Adapter(kind="dora"), 3)
     assert not any(isinstance(m, FactoredDora) for m in peft_own.modules())
     results = []
     for model in (ours, peft_own):
@@ -113,14 +113,14 @@ def test_the_seed_alone_decides_the_adapter() -> None:
     for seed in (0, 0, 1):
         torch.rand(3)  # the global generator moves between draws
         before = torch.random.get_rng_state()
-        vectors.append(FlatVector(attach_adapter(llama(), run.Adapter(), seed)).values)
+        vectors.append(FlatVector(attach_adapter(llama(), run.Adapter(kind="dora"), seed)).values)
         assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(vectors[0], vectors[1])
     assert not torch.equal(vectors[0], vectors[2])
 
 
 def test_named_target_modules_are_the_only_ones_adapted() -> None:
-    adapter = run.Adapter(target_modules=("q_proj", "v_proj"), train_embeddings=False, train_norms=False)
+    adapter = run.Adapter(kind="dora", target_modules=("q_proj", "v_proj"), train_embeddings=False, train_norms=False)
     names = trainable(attach_adapter(llama(), adapter, 0))
     assert len(names) == 2 * 2 * 3
     assert all("q_proj" in name or "v_proj" in name for name in names)

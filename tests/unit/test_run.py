@@ -95,7 +95,7 @@ def test_a_bad_recipe_is_refused_and_names_the_field(text: str, says: str) -> No
 def test_differing_fields_names_each_with_both_values() -> None:
     theirs = dataclasses.replace(Recipe(), inner=Inner(lr=1e-3), scoring=Scoring(ema_alpha=0.5))
     assert differing_fields(Recipe(), theirs) == [
-        "inner.lr: ours 0.006, the run's 0.001",
+        "inner.lr: ours 0.01, the run's 0.001",
         "scoring.ema_alpha: ours 0.3, the run's 0.5",
     ]
 

@@ -50,7 +50,9 @@ def reference(num_steps: int, first_global_step: int = 0) -> tuple[list[float], 
     for _, p in named:
         p.data, p.grad = p.data.clone(), None
     parameters = [p for _, p in named]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(
+        parameters, betas=(RECIPE.inner.beta1, RECIPE.inner.beta2), eps=1e-8, weight_decay=0.1, foreach=False
+    )
     losses = []
     for step in range(num_steps):
         for group in optimizer.param_groups:
