@@ -19,7 +19,7 @@ from hivetrain.averaging.proofs import pack_wrong_average
 from hivetrain.averaging.reducing import check_committed, decode_sane, reduce_chunks, rounding_seed
 from hivetrain.averaging.results import mask_at
 from hivetrain.averaging.signed import Signed
-from hivetrain.averaging.state import GaveUp, RoundState
+from hivetrain.averaging.state import GaveUp, RoundState, Stale
 from hivetrain.errors import Fault, PeerFault
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ async def audit(state: RoundState, signed: Signed, peers: Peers, mean: Mean, fir
     senders = [i for i, some in wanted.items() if some]
     shown = dict(zip(senders, await asyncio.gather(*(_ask(state, peers, i, wanted[i]) for i in senders)), strict=True))
     if signed.is_void(result):  # somebody else was quicker
-        raise GaveUp("there is evidence against it", None)
+        raise Stale("there is evidence against it", None)
     reducer = plan.members.index(plan.reducer(part.index, result.rank))
     for block in drawn:
         openings = {i: shown[i][block] for i, is_in in enumerate(masks[block]) if is_in and block in shown[i]}

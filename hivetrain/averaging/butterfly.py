@@ -107,6 +107,7 @@ async def all_reduce(
     if state.crash.done():
         state.crash.result()
     outcome = make_outcome(state)
+    state.release()
     logger.info(
         "all-reduce: round=%d attempt=%d complete=%s members_in=%d faults=%d seconds=%.2f sent=%d received=%d",
         plan.round,

@@ -39,7 +39,7 @@ class Fetcher:
         state, clock, part = self._state, self._state.clock, holding.part
         last_resort = rank == state.plan.num_ranks
         failed = {state.plan.reducer(part.index, r).hotkey for r in range(0 if last_resort else rank)}
-        asked = [member for member in state.others if member.hotkey not in failed]
+        asked = [member for member in state.others if member.hotkey not in failed | state.banned]
         while True:
             replies = await asyncio.gather(*(self._status(member, part, rank) for member in asked))
             said = [(member, reply) for member, reply in zip(asked, replies, strict=True) if reply is not None]

@@ -83,7 +83,7 @@ class GroupPlan:
             failed are reduced again then.
         max_abs: a value past it is out of bound.
         stall_s: a sender that makes no progress for so long is given up, and a reducer that makes none for twice as
-            long (it may be waiting for a sender itself); None: a third of ``send_deadline_s``.
+            long (it may be waiting for a sender itself); None: a quarter of ``send_deadline_s``.
         min_rate: bytes/s; who is slower than this, after ``stall_s``, is given up too. Whatever it is, a sender must be
             half as fast as its part needs to be in by the send deadline.
         audit_blocks: blocks of every foreign part that each member recomputes from the senders' own bytes.
@@ -158,7 +158,7 @@ class GroupPlan:
     @property
     def patience_s(self) -> float:
         """``stall_s``, or what stands for it."""
-        return self.send_deadline_s / 3 if self.stall_s is None else self.stall_s
+        return self.send_deadline_s / 4 if self.stall_s is None else self.stall_s
 
     @property
     def block_chunks(self) -> int:

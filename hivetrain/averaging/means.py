@@ -15,9 +15,10 @@ from hivetrain.averaging.outcome import Link
 from hivetrain.averaging.results import mask_runs
 from hivetrain.averaging.store import MeanStore
 from hivetrain.averaging.transport import Stream
-from hivetrain.errors import Fault, PeerFault
+from hivetrain.errors import PeerFault
 from hivetrain.verification.merkle import MerkleTree
 
+STALE = "stale"
 BOUND_SLACK = 1.01  # a mean of values within the bound may pass it by its rounding
 
 
@@ -101,7 +102,15 @@ class Mean:
 
 
 class Refused(Exception):
-    """The other side does not give its mean, and says why."""
+    """The other side does not give its mean, and says why.
+
+    Attributes:
+        stale: it had one, which turned out to be void while it was sent.
+    """
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(f"{refusal.fault}: {refusal.detail}")
+        self.stale = refusal.fault == STALE
 
 
 async def send_mean(
@@ -120,10 +129,12 @@ async def send_mean(
     """
     for index in range(first, len(mean.batches) + 1):
         patience.hold()
-        while not mean.has(index):
+        while mean.failed is not None or not mean.has(index):
             if (fault := refusal()) is not None or mean.failed is not None:
-                fault = fault or PeerFault(Fault.ABSENT, str(mean.failed))
-                await stream.send(Refusal(fault=fault.fault.value, detail=fault.detail[:500]).to_bytes())
+                why = Refusal(fault=STALE, detail=mean.failed or "")
+                if fault is not None:
+                    why = Refusal(fault=fault.fault.value, detail=fault.detail[:500])
+                await stream.send(why.to_bytes())
                 return
             await mean.grown.wait()
         patience.feed()
@@ -141,7 +152,7 @@ async def receive_mean(
     stream: Stream,
     mean: Mean,
     link: Link,
-    patience: Patience,
+    progress: Callable[[], None],
     now: Callable[[], float],
 ) -> Result:
     """Take batches until the mean is whole; then the result that its bearer claims for it, unchecked.
@@ -150,22 +161,21 @@ async def receive_mean(
         LinkLost: the stream ended.
         PeerFault: TRUNCATED, OVERSIZED or MALFORMED.
         Refused: it will not come.
-        TimeoutError: it does not come.
     """
     while (batch := mean.next_batch) is not None:
         header = await receive(stream, MeanBatch, Refusal)
         if isinstance(header, Refusal):
-            raise Refused(f"{header.fault}: {header.detail}")
+            raise Refused(header)
         if mean.rank is not None and mean.rank != header.rank:
-            raise PeerFault(Fault.MALFORMED, f"a mean of rank {mean.rank} goes on as one of rank {header.rank}")
+            raise Refused(Refusal(fault=STALE, detail=f"it began as of rank {mean.rank}, now it is {header.rank}"))
         mean.rank = header.rank
         began = now()
         data = await stream.receive(mean.size_of(batch))
         link.seconds += now() - began
         link.bytes_received += len(data)
         mean.add(header.included, data)
-        patience.feed()
+        progress()
     answer = await receive(stream, Result, Refusal)
     if isinstance(answer, Refusal):
-        raise Refused(f"{answer.fault}: {answer.detail}")
+        raise Refused(answer)
     return answer

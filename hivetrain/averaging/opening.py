@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from hivetrain.averaging.auditing import audit
+from hivetrain.averaging.clock import Patience
 from hivetrain.averaging.fetching import Fetcher, require_fair
 from hivetrain.averaging.group import Member, Part
 from hivetrain.averaging.means import Mean, Refused, receive_mean
@@ -21,13 +22,13 @@ from hivetrain.averaging.peers import Peers
 from hivetrain.averaging.reduction import Reduction
 from hivetrain.averaging.results import unpack_mask
 from hivetrain.averaging.signed import Signed
-from hivetrain.averaging.state import RECONNECT_GRACE_S, GaveUp, Holding, RoundState
+from hivetrain.averaging.state import RECONNECT_GRACE_S, GaveUp, Holding, RoundState, Stale
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import Fault, PeerFault
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+MAX_STALE, STALE_PAUSE_S = 5, 0.25
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
 
@@ -54,19 +55,23 @@ class Opener:
 
     async def _obtain(self, holding: Holding) -> None:
         state, plan, clock = self._state, self._state.plan, self._state.clock
+        stale = 0
         while holding.rank < plan.num_ranks and clock.now() < (clock.fetch_close if holding.rank else clock.fetch_at):
             rank = holding.rank
             holding.abandoned.clear()
-            state.abandon_if_hopeless(holding)
             try:
-                mean = await _unless(holding.abandoned, self._attempt(holding, rank))
+                mean = await _unless(holding, self._attempt(holding, rank))
                 if not self._is_void(mean):
                     holding.take(mean)
                     return
-                why = GaveUp("there is evidence against it", None)
+                why: GaveUp = Stale("there is evidence against it", None)
             except GaveUp as exc:
                 why = exc
-            if holding.rank == rank:
+            reducer = plan.reducer(holding.part.index, rank)
+            if isinstance(why, Stale) and reducer.hotkey not in state.banned and stale < MAX_STALE:
+                stale += 1
+                await asyncio.sleep(STALE_PAUSE_S)
+            elif holding.rank == rank:
                 holding.give_up(rank, why)
         holding.rank = plan.num_ranks
         holding.changed.notify()
@@ -92,8 +97,11 @@ class Opener:
         state, clock, part = self._state, self._state.clock, holding.part
         until = clock.now() + (clock.fetch_close - clock.now()) / 2 if rank else clock.fetch_at
         reducer = state.plan.reducer(part.index, rank)
+        if rank and reducer.hotkey in state.banned:
+            raise GaveUp("it is disregarded in this round", None)
         if reducer.hotkey != state.me.hotkey:
-            mean = await self._bring(part, rank, reducer, until)
+            holding.progress_at = clock.awake()
+            mean = await self._bring(holding, rank, reducer, until)
             if mean.rank == rank and not self._includes_us(mean):
                 await self._fetcher.require_vouched(holding, mean)
             await require_fair(state, mean)
@@ -101,7 +109,7 @@ class Opener:
             return mean
         expected = {member.hotkey for member in state.plan.members} - state.banned
         if rank:
-            held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + state.plan.patience_s / 2)
+            held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + 2 * state.plan.patience_s)
             if held is not None:
                 return held
             expected = (deniers | holding.parked | {state.me.hotkey}) - state.banned
@@ -116,49 +124,59 @@ class Opener:
 
     # From the reducer
 
-    async def _bring(self, part: Part, rank: int, reducer: Member, until: float) -> Mean:
-        """Bring our vector to a reducer, and its mean, or the one that it holds, home: certified, not audited."""
-        state, clock, plan = self._state, self._state.clock, self._state.plan
-        mean, pause = Mean(plan, state.store, part), FIRST_PAUSE_S
-        grace_s = min(RECONNECT_GRACE_S, plan.patience_s)
-        missed_at, patience_s = clock.awake(), grace_s if rank else plan.patience_s
-        try:
-            while True:
-                left = missed_at + patience_s - clock.awake()
-                try:
-                    stream = await state.connect(reducer, min(until, clock.now() + left))
-                    try:
-                        return await self._exchange(stream, mean, rank, reducer, until)
-                    finally:
-                        await state.disconnect(stream)
-                        missed_at, patience_s = clock.awake(), grace_s
-                except LinkLost as lost:
-                    story = lost.detail
-                if clock.awake() + pause >= missed_at + patience_s or clock.now() + pause >= until:
-                    raise GaveUp(story, Fault.ABSENT)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
-        except TimeoutError as exc:
-            raise GaveUp("it did not answer in time", Fault.ABSENT) from exc
-        except PeerFault as fault:
-            state.blame(reducer.hotkey, fault.fault, fault.detail, part.index)
-            raise GaveUp(str(fault), None) from fault
+    async def _bring(self, holding: Holding, rank: int, reducer: Member, until: float) -> Mean:
+        """Bring our vector to a reducer, and its mean, or the one that it holds, home: certified, not audited.
 
-    async def _exchange(self, stream: Stream, mean: Mean, rank: int, reducer: Member, until: float) -> Mean:
-        state = self._state
+        A reducer waits with patience itself: for a sender, and before that, past rank 0, for who holds the part. So it
+        has a multiple of ours for each batch, however often its link breaks in between.
+        """
+        state, clock, plan, part = self._state, self._state.clock, self._state.plan, holding.part
+        mean, pause, grace_s = Mean(plan, state.store, part), FIRST_PAUSE_S, min(RECONNECT_GRACE_S, plan.patience_s)
+        missed_at, connect_s, met = clock.awake(), grace_s if rank else plan.patience_s, False
+        try:
+            async with clock.patience((4 if rank else 2) * plan.patience_s, until) as patience:
+                while True:
+                    try:
+                        left = missed_at + connect_s - clock.awake()
+                        stream = await state.connect(reducer, min(until, clock.now() + left))
+                        if not met:
+                            met = True
+                            patience.feed()
+                        try:
+                            return await self._exchange(stream, holding, mean, rank, reducer, patience)
+                        finally:
+                            await state.disconnect(stream)
+                            missed_at, connect_s = clock.awake(), grace_s
+                    except LinkLost as lost:
+                        story = lost.detail
+                    if clock.awake() + pause >= missed_at + connect_s or clock.now() + pause >= until:
+                        raise GaveUp(story, Fault.ABSENT)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+        except TimeoutError as exc:
+            cut_short = rank > 0 and clock.now() >= until
+            fault = None if cut_short else Fault.LATE if met else Fault.ABSENT
+            raise GaveUp("no mean of it came in time", fault) from exc
+        except Refused as refused:
+            if refused.stale:
+                raise Stale(str(refused), None) from refused
+            raise GaveUp(f"it refused us: {refused}", Fault.ABSENT) from refused
+        except PeerFault as found:
+            state.blame(reducer.hotkey, found.fault, found.detail, part.index)
+            raise GaveUp(str(found), None) from found
+
+    async def _exchange(
+        self, stream: Stream, holding: Holding, mean: Mean, rank: int, reducer: Member, patience: Patience
+    ) -> Mean:
+        clock = self._state.clock
+
+        def progress() -> None:
+            holding.progress_at = clock.awake()
+            patience.feed()
 
         sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
         try:
-            # A reducer waits with patience itself: for a sender, and before that, past rank 0, for who holds the part.
-            times = 3 if rank else 2
-            async with state.clock.patience(times * state.plan.patience_s, until) as patience:
-                link = state.link(reducer)
-                result = await receive_mean(stream, mean, link, patience, state.clock.now)
-        except Refused as refused:
-            raise GaveUp(f"it refused us: {refused}", Fault.ABSENT) from refused
-        except TimeoutError as exc:
-            cut_short = rank > 0 and state.clock.now() >= until
-            raise GaveUp("its mean did not come in time", None if cut_short else Fault.LATE) from exc
+            result = await receive_mean(stream, mean, self._state.link(reducer), progress, clock.now)
         finally:
             sending.cancel()
             await asyncio.wait({sending})
@@ -189,19 +207,20 @@ class Opener:
                 state.crash.set_exception(exc)
 
 
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+async def _unless(holding: Holding, work: Coroutine[Any, Any, Mean]) -> Mean:
     """What ``work`` returns.
 
     Raises:
-        GaveUp: ``event`` was set before.
+        GaveUp: the present rank was abandoned before.
     """
-    tasks = working, _ = asyncio.create_task(work), asyncio.create_task(event.wait())
+    tasks = working, _ = asyncio.create_task(work), asyncio.create_task(holding.abandoned.wait())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise GaveUp("its reducer is disregarded in this round", None)
+            raise holding.why
         return working.result()
     finally:
+        holding.progress_at = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

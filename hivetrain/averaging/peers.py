@@ -60,12 +60,12 @@ class Peers:
         """What ``talk`` returns on our stream to ``peer``.
 
         Raises:
-            Unanswered: banned, silent, not reachable, or at fault, which is recorded.
+            Unanswered: silent, not reachable, or at fault, which is recorded.
             ServiceError: our own side does not work.
         """
         state, hotkey = self._state, peer.hotkey
         async with self._turns[hotkey]:
-            if hotkey in state.banned or hotkey in self.silent:
+            if hotkey in self.silent:
                 raise Unanswered(hotkey)
             timeout_s = min(ASK_TIMEOUT_S, state.plan.patience_s)
             until = state.clock.deadline
@@ -119,7 +119,7 @@ class Peers:
                     await stream.send(Fetch(part=part.index, rank=rank, take=True).to_bytes())
                     if (await receive(stream, FetchReply)).status != "have":
                         raise GaveUp("it has it no more", None)
-                    result = await receive_mean(stream, mean, state.link(peer), patience, state.clock.now)
+                    result = await receive_mean(stream, mean, state.link(peer), patience.feed, state.clock.now)
                 finally:
                     await state.disconnect(stream)
         except (TimeoutError, LinkLost, Refused) as exc:
@@ -160,8 +160,9 @@ class Peers:
         return await self.ask(peer, talk)
 
     def warn(self, key: Key, peers: Sequence[Member] | None = None) -> None:
-        """Pass evidence on, in the background: to everybody, unless ``peers`` are named."""
-        for peer in self._state.others if peers is None else peers:
+        """Pass evidence on, in the background: to everybody but whom it convicts, unless ``peers`` are named."""
+        guilty = self._state.plan.reducer(*key)
+        for peer in [m for m in self._state.others if m != guilty] if peers is None else peers:
             task = asyncio.create_task(self._offer(peer, key))
             self._warnings.add(task)
             task.add_done_callback(self._warnings.discard)

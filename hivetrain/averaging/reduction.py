@@ -147,7 +147,10 @@ class Reduction:
         fault = Fault.LATE if sender.status is Status.SENDING else Fault.ABSENT
         if sender.lost_at is not None and sender.status is Status.AWAITED:
             detail = f"its link broke after {sender.delivered} of {total} batches"
-        self._put_out(sender, PeerFault(fault, detail))
+        if fault is Fault.ABSENT and self._rank:  # it may have the part from elsewhere by now
+            self.drop(sender.member.hotkey)
+        else:
+            self._put_out(sender, PeerFault(fault, detail))
 
     def _put_out(self, sender: Sender, fault: PeerFault) -> None:
         if sender.status is Status.OUT:

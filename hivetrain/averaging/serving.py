@@ -27,7 +27,7 @@ from hivetrain.averaging.messages import (
 from hivetrain.averaging.peers import Peers
 from hivetrain.averaging.proofs import MAX_EVIDENCE_BYTES
 from hivetrain.averaging.signed import Signed
-from hivetrain.averaging.state import Holding, RoundState
+from hivetrain.averaging.state import GaveUp, Holding, RoundState
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import Fault, PeerFault
 
@@ -193,15 +193,14 @@ class Server:
         state, holding = self._state, self._state.holdings.get(request.part)
         mean = holding.mean if holding is not None else None
         if holding is None or mean is None or mean.rank is None:
-            pending = (
-                holding is not None and not holding.settled and not holding.doubted and holding.rank < request.rank
-            )
+            pending = holding is not None and self._is_pending(holding, member, request.rank)
             await stream.send(FetchReply(status="pending" if pending else "none", rank=0).to_bytes())
             return
         if request.take:
             self._takes[member.hotkey, request.part] += 1
             if self._takes[member.hotkey, request.part] > MAX_TAKES:
-                raise PeerFault(Fault.MALFORMED, f"took part {request.part} more than {MAX_TAKES} times")
+                await stream.send(FetchReply(status="none", rank=0).to_bytes())
+                return
         await stream.send(FetchReply(status="have", rank=mean.rank).to_bytes())
         if request.take:
             clock = state.clock
@@ -209,12 +208,28 @@ class Server:
                 async with clock.patience(state.plan.patience_s, clock.confirm_close) as patience:
                     await send_mean(stream, mean, state.link(member), patience)
 
+    def _is_pending(self, holding: Holding, asker: Member, rank: int) -> bool:
+        """Whether we may still get a part from a reducer below ``rank``.
+
+        Where that one has given us nothing for long, and the next in line asks, it has given it up as well: so do we.
+        """
+        if holding.settled or holding.doubted or holding.rank >= rank:
+            return False
+        state, since = self._state, holding.progress_at
+        in_line = rank < state.plan.num_ranks and state.plan.reducer(holding.part.index, rank) == asker
+        if in_line and since is not None and state.clock.awake() > since + state.plan.patience_s:
+            holding.abandon(GaveUp("no mean of it came for long, and the next gave it up too", Fault.LATE))
+        return True
+
     async def _let_close(self, stream: Stream) -> None:
         """Read on until the other side closes: a socket closed over unread bytes may take our last ones with it."""
         clock = self._state.clock
         async with asyncio.timeout_at(min(clock.deadline, clock.now() + CLOSING_S)):
             while True:
-                await stream.receive(MAX_EVIDENCE_BYTES)
+                try:
+                    await stream.receive(MAX_EVIDENCE_BYTES)
+                except PeerFault as fault:  # a reader that was given up may have left us in mid-frame
+                    raise LinkLost(fault.detail) from fault
 
     # Evidence
 

@@ -14,7 +14,7 @@ from hivetrain.averaging.means import Mean
 from hivetrain.averaging.messages import Result
 from hivetrain.averaging.proofs import pack_two_averages, proves_two_averages, proves_wrong_average, said
 from hivetrain.averaging.results import is_signed, require_sound
-from hivetrain.averaging.state import GaveUp, RoundState
+from hivetrain.averaging.state import GaveUp, RoundState, Stale
 from hivetrain.errors import Fault, PeerFault
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,13 @@ class Signed:
             GaveUp: it is not, after whoever is at fault is blamed: who brought it, or who signed it.
         """
         state, part = self._state, mean.part
-        wrong = ""
+        wrong, passed_on = "", state.plan.reducer(part.index, result.rank) != bearer
         if result.part != part.index or result.rank != mean.rank or not self.note(result):
             fault, wrong = Fault.BAD_SIGNATURE, "not a result that the part's reducer signed"
         elif not mean.fits(result):
             fault, wrong = Fault.NOT_COMMITTED, "the mean's bytes are not those that were signed"
+        if wrong and fault is Fault.NOT_COMMITTED and passed_on:
+            raise Stale(f"{bearer.hotkey} passed on what is not whole", None)
         if wrong:
             state.blame(bearer.hotkey, fault, wrong, part.index)
             raise GaveUp(f"{bearer.hotkey} brought what is {wrong}", None)
@@ -74,7 +76,7 @@ class Signed:
             state.blame(reducer, fault_found.fault, fault_found.detail, part.index)
             raise GaveUp(fault_found.detail, None) from fault_found
         if self.is_void(result):
-            raise GaveUp("there is evidence against it", None)
+            raise Stale("there is evidence against it", None)
 
     def consider(self, key: Key, evidence: bytes) -> bool:
         """Take evidence from a member; False where it proves nothing of that part and rank."""
@@ -104,5 +106,5 @@ class Signed:
         if held is not None and held.rank == rank:
             state.reopen(holding, rank + 1)
         elif held is None and holding.rank == rank:
-            holding.abandoned.set()
+            holding.abandon(Stale("there is evidence against it", None))
         self.on_proof(key)

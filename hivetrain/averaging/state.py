@@ -60,6 +60,10 @@ class GaveUp(Exception):
         self.fault = fault
 
 
+class Stale(GaveUp):
+    """What somebody passed on is void, or not whole any more: ask again, it will know by now."""
+
+
 class Holding:
     """What we know of one part.
 
@@ -71,7 +75,8 @@ class Holding:
         given_up: by rank, why.
         settled: the mean is here, or will not come.
         doubted: a mean is here that we take only if somebody else does.
-        abandoned: set when nothing can come of the present rank.
+        progress_at: when the reducer that we wait for last gave us something, by `Clock.awake`; None: we do not wait.
+        abandoned: set when nothing can come of the present rank; ``why`` says why.
         reopened: set when what was settled is not any more.
         changed: notified when ``mean``, ``reduction`` or ``rank`` has changed.
     """
@@ -85,10 +90,17 @@ class Holding:
         self.given_up: dict[int, GaveUp] = {}
         self.settled = False
         self.doubted = False
+        self.progress_at: float | None = None
+        self.why = GaveUp("", None)
         self.reopenings = 0
         self.abandoned = asyncio.Event()
         self.reopened = asyncio.Event()
         self.changed = Signal()
+
+    def abandon(self, why: GaveUp) -> None:
+        """Wait for the present rank no longer."""
+        self.why = why
+        self.abandoned.set()
 
     def give_up(self, rank: int, why: GaveUp) -> None:
         """Expect nothing more of that rank's reducer."""
@@ -203,14 +215,7 @@ class RoundState:
             for holding in self.holdings.values():
                 if holding.reduction is not None:
                     holding.reduction.drop(hotkey)
-                self.abandon_if_hopeless(holding)
             self.changed.notify()
-
-    def abandon_if_hopeless(self, holding: Holding) -> None:
-        """End the wait for a reducer that we disregard."""
-        rank = holding.rank
-        if rank < self.plan.num_ranks and self.plan.reducer(holding.part.index, rank).hotkey in self.banned:
-            holding.abandoned.set()
 
     # What is settled
 
@@ -227,9 +232,11 @@ class RoundState:
     def reopen(self, holding: Holding, rank: int) -> None:
         """What we hold of a part is void, or not what the group holds: obtain it again, from ``rank`` on."""
         holding.reopenings += 1
+        if holding.mean is not None:
+            holding.mean.fail("it is void")  # whoever takes it from us must not go on: its memory is needed
         holding.mean = None
         holding.rank = max(holding.rank, rank)
-        holding.abandoned.set()
+        holding.abandon(Stale("there is evidence against it", None))
         if holding.settled:
             holding.settled = False
             holding.reopened.set()
@@ -245,6 +252,12 @@ class RoundState:
         finally:
             self.serving -= 1
             self.changed.notify()
+
+    def release(self) -> None:
+        """Let go of what is large: the round's objects refer to each other, and would hold it until a collection."""
+        self.holdings.clear()
+        self.payload = self.tree = None
+        del self.store
 
     def _moved(self) -> None:
         self.version += 1

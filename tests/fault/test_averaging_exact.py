@@ -41,7 +41,7 @@ def test_the_mean_is_the_one_that_numpy_computes_with_separate_operations() -> N
 
 
 def test_bytes_are_counted_on_both_ends_of_every_link() -> None:
-    world = World(num_senders=3, num_validators=1)
+    world = World(num_senders=3, num_validators=1, audit_blocks=0)
     outcomes = world.run()
     sent = {(i, link.hotkey): link.bytes_sent for i, o in outcomes.items() for link in o.links}
     received = {(i, link.hotkey): link.bytes_received for i, o in outcomes.items() for link in o.links}

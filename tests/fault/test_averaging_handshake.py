@@ -160,7 +160,7 @@ def test_peer_that_cannot_sign_as_the_hotkey_the_plan_gives_it_is_blamed() -> No
 
     outcomes = world.run(only=[0, 1, 3], script=script)
     assert_mean(world, outcomes, [0, 1])
-    assert blamed(outcomes[0]) == {(world.hotkey(2), "bad_signature"), (world.hotkey(2), "absent")}
+    assert blamed(outcomes[0]) == {(world.hotkey(2), "bad_signature")}
     assert blamed(outcomes[1]) == set()
 
 
@@ -186,7 +186,7 @@ def test_reducer_that_is_somebody_else_is_not_given_the_vector() -> None:
     outcomes = world.run(only=[0, 1, 3], script=script)
     assert set(heard) == {"the door"}
     for outcome in outcomes.values():
-        assert outcome.missing_parts == (2,)
+        assert outcome.reduced_again == (2,)
         assert (world.hotkey(2), "bad_signature") in blamed(outcome)
         assert {hotkey for hotkey, _ in blamed(outcome)} == {world.hotkey(2)}
 

@@ -59,6 +59,9 @@ def test_group_id_covers_every_field() -> None:
             make_plan(send_deadline_s=9.0),
             make_plan(deadline_s=21.0),
             make_plan(max_abs=99.0),
+            make_plan(stall_s=3.0),
+            make_plan(min_rate=1000.0),
+            make_plan(audit_blocks=3),
             *(
                 make_plan(members=(dataclasses.replace(plan.members[0], **{name: value}), *plan.members[1:]))
                 for name, value in {
@@ -73,7 +76,7 @@ def test_group_id_covers_every_field() -> None:
             ),
         )
     }
-    assert len(ids) == 9 + 7
+    assert len(ids) == 12 + 7
 
 
 def test_parts_are_the_reducers_in_order() -> None:
@@ -98,6 +101,13 @@ def test_parts_are_the_reducers_in_order() -> None:
         ({"deadline_s": float("inf")}, "deadline_s"),
         ({"deadline_s": float("nan")}, "deadline_s"),
         ({"max_abs": 0.0}, "max_abs"),
+        ({"stall_s": 0.0}, "stall_s"),
+        ({"stall_s": float("nan")}, "stall_s"),
+        ({"min_rate": -1.0}, "min_rate"),
+        ({"min_rate": float("inf")}, "min_rate"),
+        ({"audit_blocks": -1}, "audit_blocks"),
+        ({"audit_blocks": 65}, "audit_blocks"),
+        ({"mean": "mode"}, "mean must be one of"),
         ({"max_abs": float("inf")}, "max_abs"),
         ({"members": (member(0, weight=1e36),)}, "weights must be <="),
         (
@@ -148,6 +158,11 @@ def test_member_that_cannot_work_is_refused(changes: dict[str, Any], message: st
         (("deadline_s",), 1e9),
         (("deadline_s",), float("inf")),
         (("max_abs",), float("nan")),
+        (("stall_s",), -1.0),
+        (("min_rate",), float("nan")),
+        (("audit_blocks",), 1000),
+        (("audit_blocks",), 1.5),
+        (("mean",), "mode"),
         (("surprise",), 1),
     ],
 )
@@ -166,3 +181,31 @@ def test_hostile_plan_is_refused(path: tuple[str | int, ...], value: object) -> 
 def test_anything_but_a_plan_is_refused(raw: object) -> None:
     with pytest.raises(PeerFault):
         plan_from_dict(raw)
+
+
+def test_plan_without_the_newer_fields_has_their_defaults() -> None:
+    raw = plan_to_dict(make_plan())
+    for name in ("stall_s", "min_rate", "audit_blocks", "mean"):
+        del raw[name]
+    assert plan_from_dict(raw) == make_plan()
+
+
+def test_reducers_take_turns_at_a_part() -> None:
+    members = tuple(member(i, reduces=i != 1) for i in range(4))
+    plan = make_plan(members=members)
+    assert plan.num_ranks == 3
+    assert [plan.reducer(1, rank).hotkey for rank in range(3)] == ["hotkey-2", "hotkey-3", "hotkey-0"]
+    assert all(plan.reducer(part.index, 0) == part.reducer for part in plan.parts())
+
+
+@pytest.mark.parametrize(("size", "block", "batch"), [(2, 8, 64), (8, 8, 64), (16, 8, 32), (64, 4, 4), (256, 1, 1)])
+def test_batches_are_whole_blocks_and_shrink_with_the_group(size: int, block: int, batch: int) -> None:
+    members = tuple(member(i, root=bytes(32)) for i in range(size))
+    plan = make_plan(members=members, layout=PayloadLayout([Section(name="v", num_elements=4096 * 999, codec="fp32")]))
+    assert (plan.block_chunks, plan.batch_chunks) == (block, batch)
+    for part in plan.parts():
+        batches = plan.batches(part)
+        assert [start for start, _ in batches] == [part.start, *[stop for _, stop in batches[:-1]]]
+        assert batches[-1][1] == part.stop
+        blocks = [b for start, stop in batches for b in plan.blocks(start, stop)]
+        assert blocks == plan.blocks(part.start, part.stop)

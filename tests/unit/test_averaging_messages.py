@@ -6,31 +6,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hivetrain.averaging.messages import (
-    Block,
+    Batch,
     Confirm,
     Contribution,
     Fetch,
+    MaskRun,
+    MeanBatch,
+    Proof,
     Refusal,
     Result,
-    blocks,
-    pack_mask,
     parse,
-    unpack_mask,
 )
 from hivetrain.errors import Fault, PeerFault
 
+GOOD = {"kind": "contribution", "part": 1, "rank": 0, "first": 0, "num_chunks": 2}
+
 
 def test_message_survives_the_wire() -> None:
-    block = Block(start=0, stop=64, proof=[bytes(32)])
-    assert parse(block.to_bytes(), Block) == block
-    result = Result(part=1, included=b"\x05", size_bytes=9, sha256=bytes(32), signature=b"s")
+    batch = Batch(start=0, stop=64, proof=[bytes(32)])
+    assert parse(batch.to_bytes(), Batch) == batch
+    runs = [MaskRun(stop=4, included=b"\x05"), MaskRun(stop=9, included=b"\x01")]
+    result = Result(part=1, rank=2, masks=runs, root=bytes(32), signature=b"s")
     assert parse(result.to_bytes(), Result, Refusal) == result
-    assert parse(Confirm(results=[result]).to_bytes(), Confirm).results == [result]
+    assert parse(Confirm(version=1, results=[result], done=True).to_bytes(), Confirm).results == [result]
+    proof = Proof(part=3, rank=1)
+    assert parse(proof.to_bytes(), Contribution, MeanBatch, Proof) == proof
 
 
 def test_wire_bytes_of_a_contribution_are_pinned() -> None:
-    expected = b"\x83\xa4kind\xaccontribution\xa4part\x02\xaanum_chunks\x07"
-    assert Contribution(part=2, num_chunks=7).to_bytes() == expected
+    expected = b"\x85\xa4kind\xaccontribution\xa4part\x02\xa4rank\x01\xa5first\x00\xaanum_chunks\x07"
+    assert Contribution(part=2, rank=1, first=0, num_chunks=7).to_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -42,15 +47,16 @@ def test_wire_bytes_of_a_contribution_are_pinned() -> None:
         b"\xdf\xff\xff\xff\xff",  # a map that announces 4 billion entries
         b"\xdd\xff\xff\xff\xff",  # an array that does
         msgpack.packb({"kind": "contribution", "part": 1}),
-        msgpack.packb({"kind": "contribution", "part": 1, "num_chunks": 2, "weight": 1e6}),
-        msgpack.packb({"kind": "contribution", "part": "1", "num_chunks": 2}),
-        msgpack.packb({"kind": "contribution", "part": True, "num_chunks": 2}),
-        msgpack.packb({"kind": "contribution", "part": -1, "num_chunks": 2}),
+        msgpack.packb({**GOOD, "weight": 1e6}),
+        msgpack.packb({**GOOD, "part": "1"}),
+        msgpack.packb({**GOOD, "part": True}),
+        msgpack.packb({**GOOD, "part": -1}),
+        msgpack.packb({**GOOD, "rank": 257}),
         msgpack.packb({"kind": "fetch", "part": 1, "take": False}),
         msgpack.packb({"kind": ["contribution"]}),
         msgpack.packb({1: 2}),
         msgpack.packb(None),
-        Contribution(part=0, num_chunks=0).to_bytes() + b"\x00",
+        msgpack.packb(GOOD) + b"\x00",
     ],
 )
 def test_hostile_frames_are_malformed(frame: bytes) -> None:
@@ -63,23 +69,3 @@ def test_hostile_frames_are_malformed(frame: bytes) -> None:
 def test_random_bytes_never_raise_anything_else(frame: bytes) -> None:
     with pytest.raises(PeerFault):
         parse(frame, Contribution, Fetch)
-
-
-def test_blocks_cut_a_part_at_64_chunks() -> None:
-    assert list(blocks(3, 3 + 130)) == [(3, 67), (67, 131), (131, 133)]
-    assert list(blocks(5, 5)) == []
-
-
-@given(st.lists(st.booleans(), max_size=40))
-def test_mask_survives(included: list[bool]) -> None:
-    assert unpack_mask(pack_mask(included), len(included)) == tuple(included)
-
-
-def test_mask_by_hand() -> None:
-    assert pack_mask([True, False, True, False, False, False, False, False, True]) == b"\x05\x01"
-
-
-@pytest.mark.parametrize(("packed", "count"), [(b"", 1), (b"\x01\x00", 8), (b"\x02", 1), (b"\x01", 9)])
-def test_mask_of_another_length_is_refused(packed: bytes, count: int) -> None:
-    with pytest.raises(PeerFault):
-        unpack_mask(packed, count)
