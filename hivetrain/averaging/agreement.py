@@ -43,7 +43,8 @@ class Agreement:
     def ours(self) -> Confirm:
         """What we hold."""
         held = [h.mean.result for h in self._state.holdings.values() if h.mean is not None]
-        return Confirm(results=[result for result in held if result is not None], done=self._state.all_settled)
+        results = [result for result in held if result is not None]
+        return Confirm(version=self._state.version, results=results, done=self._state.all_settled)
 
     def hear(self, member: Member, theirs: Confirm) -> Confirm:
         """Take note of what a member holds. Returns what to answer: what we hold."""
@@ -109,7 +110,10 @@ class Agreement:
         return same and self._told.get(member.hotkey) == self._state.version
 
     def _note(self, member: Member, theirs: Confirm) -> None:
-        state = self._state
+        state, before = self._state, self._heard.get(member.hotkey)
+        if before is not None and theirs.version < before.version:
+            state.changed.notify()
+            return  # its answer to us was overtaken by what it told us on another stream
         self._heard[member.hotkey] = theirs
         self._gone.discard(member.hotkey)
         for result in theirs.results:

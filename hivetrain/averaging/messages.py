@@ -188,9 +188,10 @@ class ProofReply(Message):
 
 
 class Confirm(Message):
-    """The results that I hold. ``done``: I am waiting for nothing more."""
+    """The results that I hold. ``done``: I am waiting for nothing more. ``version``: grows with what I say."""
 
     kind: Literal["confirm"] = "confirm"
+    version: Index
     results: Annotated[list[Result], Field(max_length=MAX_MEMBERS)]
     done: bool
 

@@ -160,8 +160,9 @@ class Peers:
         return await self.ask(peer, talk)
 
     def warn(self, key: Key, peers: Sequence[Member] | None = None) -> None:
-        """Pass evidence on, in the background: to everybody, unless ``peers`` are named."""
-        for peer in self._state.others if peers is None else peers:
+        """Pass evidence on, in the background: to everybody but whom it convicts, unless ``peers`` are named."""
+        guilty = self._state.plan.reducer(*key)
+        for peer in [m for m in self._state.others if m != guilty] if peers is None else peers:
             task = asyncio.create_task(self._offer(peer, key))
             self._warnings.add(task)
             task.add_done_callback(self._warnings.discard)

@@ -226,7 +226,10 @@ class Server:
         clock = self._state.clock
         async with asyncio.timeout_at(min(clock.deadline, clock.now() + CLOSING_S)):
             while True:
-                await stream.receive(MAX_EVIDENCE_BYTES)
+                try:
+                    await stream.receive(MAX_EVIDENCE_BYTES)
+                except PeerFault as fault:  # a reader that was given up may have left us in mid-frame
+                    raise LinkLost(fault.detail) from fault
 
     # Evidence
 

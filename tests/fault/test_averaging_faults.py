@@ -385,6 +385,30 @@ def test_node_that_stood_still_blames_nobody_for_silence() -> None:
     assert_mean(world, outcomes, [0, 1])
 
 
+def test_two_groups_at_once_do_not_mix() -> None:
+    world = make_world()
+    other = dataclasses.replace(world.plan, attempt=1)
+
+    async def main() -> dict[int, AllReduceOutcome]:
+        transports = {i: world.hub.transport(world.peer(i)) for i in range(4)}
+        for transport in transports.values():
+            await transport.start()
+        plans = [world.plan, world.plan, other, other]
+        rounds = [all_reduce(plans[i], world.keys[i], world.payloads[i], transports[i], verify) for i in range(4)]
+        return dict(enumerate(await asyncio.gather(*rounds)))
+
+    outcomes = run_in_virtual_time(main())
+    one, two = {i: outcomes[i] for i in (0, 1)}, {i: outcomes[i] for i in (2, 3)}
+    assert_mean(world, one, [0, 1])
+    assert_mean(world, two, [2])
+    assert_same_bits(one)
+    assert_same_bits(two)
+    assert outcomes[0].mean_sha256 != outcomes[2].mean_sha256
+    for group, strangers in ((one, (2, 3)), (two, (0, 1))):
+        allowed = {(world.hotkey(i), "absent") for i in strangers} | {("", "wrong_schema")}
+        assert all(blamed(outcome) <= allowed for outcome in group.values())
+
+
 def test_member_that_starts_later_is_waited_for() -> None:
     world = make_world()
 

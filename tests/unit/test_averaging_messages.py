@@ -28,7 +28,7 @@ def test_message_survives_the_wire() -> None:
     runs = [MaskRun(stop=4, included=b"\x05"), MaskRun(stop=9, included=b"\x01")]
     result = Result(part=1, rank=2, masks=runs, root=bytes(32), signature=b"s")
     assert parse(result.to_bytes(), Result, Refusal) == result
-    assert parse(Confirm(results=[result], done=True).to_bytes(), Confirm).results == [result]
+    assert parse(Confirm(version=1, results=[result], done=True).to_bytes(), Confirm).results == [result]
     proof = Proof(part=3, rank=1)
     assert parse(proof.to_bytes(), Contribution, MeanBatch, Proof) == proof
 
