@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.loss import Corpus
+from bench.recipes import PLAIN_DORA
 from hivetrain.data.reader import pack
 from hivetrain.model import assemble
 from hivetrain.model.load import base_files
@@ -48,14 +49,14 @@ Exchange = Callable[[int, State, Sequence[RoundWork]], Means]
 
 def adapter_recipe(seed: int) -> Recipe:
     """The embedded default with a DoRA adapter alone: what trains on a pretrained base."""
-    adapter = Adapter(train_embeddings=False, train_norms=False)
-    return dataclasses.replace(Recipe(), model=Model(seed=seed), adapter=adapter)
+    adapter = Adapter(kind="dora", train_embeddings=False, train_norms=False)
+    return dataclasses.replace(PLAIN_DORA, model=Model(seed=seed), adapter=adapter)
 
 
 def pretrain(corpus: Corpus, seed: int, folder: Path, num_steps: int = BASE_STEPS) -> Path:
     """Train the whole model on the first row groups of the seed's order; the folder that holds it."""
     inner = _inner(lr=2e-3, warmup_steps=50, total_steps=num_steps, inner_steps=num_steps)
-    recipe = dataclasses.replace(Recipe(), model=Model(seed=seed), adapter=Adapter(kind="full"), inner=inner)
+    recipe = dataclasses.replace(PLAIN_DORA, model=Model(seed=seed), adapter=Adapter(kind="full"), inner=inner)
     model = assemble(recipe, None, len(corpus.tokenizer), "cpu")
     windows = torch.cat(_row_groups(corpus, seed)[:NUM_BASE_GROUPS])
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
     python -m bench.codecs [--quick] [--json FILE]
 
 Errors are relative L2, on normal values, on heavy tails (Student's t with five degrees of freedom) and on what one
-miner of the embedded default really sends after a round: pseudo-gradient and first moment, and for the codecs
+miner of the embedded model really sends after a round: pseudo-gradient and first moment, and for the codecs
 without a sign the second moment (of the made vectors, the squares). "AdamW's step" is the error of m / (sqrt(v) + eps)
 with the decoded second moment: what it does to training. Speeds are of float32 bytes per second of CPU time,
 on one thread.
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bench.harness import Claim, arguments, at_most, report, table
 from bench.loss import load_corpus
+from bench.recipes import PLAIN_DORA
 from hivetrain.averaging.codecs import CODEC_NAMES, Codec, get_codec
 from hivetrain.data.reader import load_round
 from hivetrain.model import assemble
-from hivetrain.run import Recipe
 from hivetrain.training import InnerLoop, State, genesis_state, pseudo_gradient
 
 UNSIGNED = ("log8", "log4")
@@ -57,8 +57,8 @@ class Vectors:
 
 
 def train(num_steps: int) -> tuple[State, Tensor, Tensor, Tensor]:
-    """One miner's round of the embedded default: state, vector and both moments at its end."""
-    recipe = Recipe()
+    """One miner's round of the embedded model: state, vector and both moments at its end."""
+    recipe = PLAIN_DORA
     with tempfile.TemporaryDirectory(prefix="hivetrain-codecs-") as folder:
         corpus = load_corpus(Path(folder), recipe)
         model = assemble(recipe, None, len(corpus.tokenizer), "cpu")
@@ -108,7 +108,7 @@ def errors(codec: Codec, vectors: Vectors) -> dict[str, float]:
     found = {kind: relative(round_trip(values), values) for kind, values in squares.items()}
 
     def step(second: Tensor) -> Tensor:
-        return vectors.exp_avg / (second.sqrt() + Recipe().inner.eps)
+        return vectors.exp_avg / (second.sqrt() + PLAIN_DORA.inner.eps)
 
     found["step"] = relative(step(round_trip(vectors.exp_avg_sq)), step(vectors.exp_avg_sq))
     return found

@@ -8,7 +8,7 @@ dense W' with matrix products in float64 and averages those. Error of a layer: `
 ||mean_i W'_i - W'_start||``, Frobenius norms, float64. The table gives that of the whole model and of its worst layer;
 the claims are on the worst layer, the strictest way to say it.
 
-*Loss* is that of `bench.loss`'s simulation: the embedded default, 3 miners, H = 50, vector and moments averaged.
+*Loss* is that of `bench.loss`'s simulation: plain DoRA (`bench.recipes`), 3 miners, H = 50, vector and moments averaged.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.harness import Claim, arguments, at_most, report, table
 from bench.loss import Corpus, Simulation, load_corpus, mean
+from bench.recipes import PLAIN_DORA
 from hivetrain.data.reader import pack
 from hivetrain.model import AdaptedLayer, Assembled, adapted_layers, assemble, base_tensors, fold_residuals
 from hivetrain.model.vector import split
@@ -63,7 +64,7 @@ class Way:
     residual: bool = False
 
 
-PLAIN, LINEAR = Adapter(), Adapter(kind="dora_linear")
+PLAIN, LINEAR = Adapter(kind="dora"), Adapter(kind="dora_linear")
 WAYS = (
     Way(name="plain", adapter=PLAIN),
     Way(name="linear", adapter=LINEAR),
@@ -147,7 +148,7 @@ def averaged_vector(stage: Stage, finals: Sequence[Tensor]) -> Tensor:
 
 def set_stage(adapter: Adapter, windows: Tensor, num_own: int) -> Stage:
     """A tiny model after `START_STEPS` steps; with ``num_own``, merged and with an A for each member of its own."""
-    recipe = Recipe(model=TINY, adapter=adapter)
+    recipe = dataclasses.replace(PLAIN_DORA, model=TINY, adapter=adapter)
     model = assemble(recipe, None, TINY.vocab_size, "cpu")
     layers, entries = adapted_layers(model.module), model.flat.entries
     loop = InnerLoop(model.module, model.flat, recipe, "cpu")
@@ -188,7 +189,7 @@ def member_vectors(stage: Stage, windows: Tensor, num_members: int, horizons: Se
 
 def measure_errors(corpus: Corpus, sizes: Sequence[int], horizons: Sequence[int]) -> list[Claim]:
     """The table of aggregation errors, and the claims of the exact ways."""
-    reader, tokenizer, seq_len = corpus.reader, corpus.tokenizer, Recipe().data.seq_len
+    reader, tokenizer, seq_len = corpus.reader, corpus.tokenizer, PLAIN_DORA.data.seq_len
     windows = torch.cat([pack(reader.read(group), tokenizer, seq_len) for group in corpus.index.train])
     cases = {
         "plain, one A": (set_stage(PLAIN, windows, 0), False),
@@ -225,10 +226,10 @@ def measure_errors(corpus: Corpus, sizes: Sequence[int], horizons: Sequence[int]
 
 
 def measure_bytes() -> None:
-    """Bytes that one member sends in a round of the embedded default, vector and moments in fp32."""
+    """Bytes that one member sends in a round of the embedded model, vector and moments in fp32."""
     rows = []
     for way in WAYS:
-        model = assemble(Recipe(adapter=way.adapter), None, Recipe().model.vocab_size, "cpu")
+        model = assemble(dataclasses.replace(PLAIN_DORA, adapter=way.adapter), None, PLAIN_DORA.model.vocab_size, "cpu")
         layers, flat = adapted_layers(model.module), model.flat
         shapes = dict(flat.entries)
         factors = 4 * sum(torch.Size(shapes[name]).numel() for layer in layers for name in layer.trained_names())
@@ -270,7 +271,7 @@ _corpora: dict[Path, Corpus] = {}
 def way_curve(folder: Path, way: Way, seed: int, num_rounds: int) -> list[float]:
     """Held-out loss after every round; runs in a process of its own."""
     torch.set_num_threads(1)
-    recipe = Recipe(adapter=way.adapter, model=Model(seed=seed))
+    recipe = dataclasses.replace(PLAIN_DORA, adapter=way.adapter, model=Model(seed=seed))
     if folder not in _corpora:
         _corpora[folder] = load_corpus(folder / str(os.getpid()), recipe)
     return WaySimulation(_corpora[folder], recipe, num_rounds, residual=way.residual).together()
@@ -288,7 +289,7 @@ def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Se
         middle = statistics.fmean(curve[num_rounds // 2] for curve in mine)
         ends = [curve[-1] for curve in mine]
         rows.append([way.name, f"{middle:.3f}", f"{statistics.fmean(ends):.3f}", *(f"{end:.3f}" for end in ends)])
-    steps = num_rounds * Recipe().inner.max_steps
+    steps = num_rounds * PLAIN_DORA.inner.max_steps
     columns = ["way", f"{steps // 2} steps", f"{steps} steps", *(f"seed {seed}" for seed in seeds)]
     table("Held-out loss of 3 miners, nats per token", columns, rows)
 
@@ -296,7 +297,7 @@ def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Se
 def run(quick: bool) -> list[Claim]:
     """Print the tables and return the claims."""
     torch.set_num_threads(1)
-    recipe = Recipe()
+    recipe = PLAIN_DORA
     # In a quick run no merge is due: that takes more than two rounds.
     sizes, horizons = [2, 8] if quick else [2, 8, 32], [20] if quick else [20, 50, 100]
     num_rounds = 2 if quick else recipe.inner.total_steps // recipe.inner.max_steps

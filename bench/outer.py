@@ -1,4 +1,4 @@
-"""Outer optimizers at the embedded default: the plain average, and Nesterov over its rate and momentum.
+"""Outer optimizers for plain DoRA: the plain average, and Nesterov over its rate and momentum.
 
     python -m bench.outer [--quick] [--json FILE]
 
@@ -20,7 +20,8 @@ import torch
 
 from bench.harness import Claim, arguments, at_most, report, table
 from bench.loss import Corpus, Simulation, load_corpus
-from hivetrain.run import Outer, Recipe
+from bench.recipes import PLAIN_DORA
+from hivetrain.run import Outer
 
 NOISE = 0.02
 """Nats by which one seed's loss differs from another's (`bench.loss`: 4.417 to 4.454)."""
@@ -40,7 +41,7 @@ _corpora: dict[Path, Corpus] = {}
 def cell(folder: Path, outer: Outer, num_rounds: int) -> list[float]:
     """Held-out loss after every round; runs in a process of its own."""
     torch.set_num_threads(1)
-    recipe = dataclasses.replace(Recipe(), outer=outer)
+    recipe = dataclasses.replace(PLAIN_DORA, outer=outer)
     if folder not in _corpora:
         _corpora[folder] = load_corpus(folder / str(os.getpid()), recipe)
     return Simulation(_corpora[folder], recipe, num_rounds).together()
@@ -48,7 +49,7 @@ def cell(folder: Path, outer: Outer, num_rounds: int) -> list[float]:
 
 def run(quick: bool) -> list[Claim]:
     """Print the table and return the claim."""
-    recipe = Recipe()
+    recipe = PLAIN_DORA
     num_rounds = 2 if quick else recipe.inner.total_steps // recipe.inner.max_steps
     sweep = (SWEEP[0], *SWEEP[4:6]) if quick else SWEEP
     with (

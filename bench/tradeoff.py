@@ -15,7 +15,7 @@ charged one butterfly of the fp32 gradient per step in the same group. What does
 proofs, signatures) is left out of both arms. "Kept" is the share of the reference's gain over the untrained adapter:
 1% of the loss is a good part of what adapters win, so the gap alone flatters.
 
-The second table is the embedded default, which starts from random weights and trains embeddings and norms too.
+The second table is the embedded model under `bench.recipes`, which starts from random weights and trains embeddings and norms too.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from bench.adapting import BASE_STEPS, WARMUP_STEPS, Adaptation, Means, adapter_
 from bench.harness import Claim, arguments, at_least, at_most, report, table
 from bench.inmemory import butterfly, mean_traffic
 from bench.loss import Corpus, load_corpus
+from bench.recipes import PLAIN_DORA
 from hivetrain.averaging.layout import PayloadLayout, Section
-from hivetrain.run import Model, Recipe
+from hivetrain.run import Model
 from hivetrain.training import RoundWork, State, pseudo_gradient
 from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ
 
@@ -151,7 +152,7 @@ class Arm:
 
 @lru_cache(maxsize=1)
 def _corpus(folder: Path) -> Corpus:
-    recipe = Recipe()
+    recipe = PLAIN_DORA
     whole = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout_batches=64))  # all there are
     return load_corpus(folder / f"corpus-{os.getpid()}", whole)
 
@@ -167,11 +168,11 @@ def run_job(job: Job) -> Arm:
     torch.set_num_threads(1)
     ground = Adaptation(
         _corpus(job.folder),
-        adapter_recipe(job.seed) if job.pretrained else dataclasses.replace(Recipe(), model=Model(seed=job.seed)),
+        adapter_recipe(job.seed) if job.pretrained else dataclasses.replace(PLAIN_DORA, model=Model(seed=job.seed)),
         base=job.folder / f"base-{job.seed}" if job.pretrained else None,
         num_miners=NUM_MINERS,
         num_steps=job.num_steps,
-        warmup_steps=WARMUP_STEPS if job.pretrained else Recipe().inner.warmup_steps,
+        warmup_steps=WARMUP_STEPS if job.pretrained else PLAIN_DORA.inner.warmup_steps,
     )
     untrained = ground.heldout(ground.start.vector)
     if job.setting is None:
@@ -260,7 +261,7 @@ def full_arms(folder: Path, run_jobs: RunJobs) -> tuple[list[Arm], list[Arm]]:
     arms += run_jobs([job(setting, rates[setting], seed) for seed in range(1, NUM_SEEDS) for setting in claimed])
     references = [job(None, lr, pretrained=False) for lr in RANDOM_RATES]
     fp32 = dataclasses.replace(FOR_150, delta="fp32", exp_avg="fp32", exp_avg_sq="fp32")
-    ours = [job(setting, Recipe().inner.lr, pretrained=False) for setting in (fp32, FOR_150)]
+    ours = [job(setting, PLAIN_DORA.inner.lr, pretrained=False) for setting in (fp32, FOR_150)]
     return arms, run_jobs([*references, *ours])
 
 

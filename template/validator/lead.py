@@ -152,9 +152,9 @@ def make_state_synapse(plan: GroupPlan, base_manifest: str, state_hash: str) -> 
 
 
 def left_undone(plan: GroupPlan, outcome: AllReduceOutcome) -> set[str]:
-    """Reducers whose own part is missing, or whom we saw at fault with it."""
+    """Reducers whose own part is missing, was reduced by another, or whom we saw at fault with it."""
     reducers = {part.index: part.reducer.hotkey for part in plan.parts()}
-    missing = {reducers[index] for index in outcome.missing_parts}
+    missing = {reducers[index] for index in (*outcome.missing_parts, *outcome.reduced_again)}
     return missing | {fault.hotkey for fault in outcome.faults if reducers.get(fault.part) == fault.hotkey}
 
 

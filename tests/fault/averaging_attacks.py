@@ -7,6 +7,7 @@ to its process, or a patch of the real code that has effect where `averaging_wor
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from hivetrain.averaging.messages import Contribution, Refusal
 from hivetrain.averaging.results import mask_runs, sign_result
 from hivetrain.averaging.transport import LinkLost
 from hivetrain.errors import Fault, PeerFault
+from hivetrain.run import CHUNK_ELEMENTS
 
 Tasks = dict[int, "asyncio.Task[AllReduceOutcome]"]
 
@@ -184,8 +186,25 @@ def garbage(scene: Scene) -> None:
     scene.links(rewrite=lambda index, frame: b"\xff\x00garbage" if index >= 4 else frame)
 
 
+def with_scales_of(world: World, index: int, value: float) -> bytes:
+    """A member's payload in a codec whose chunks begin with a bfloat16 scale, each of these being ``value``."""
+    layout = world.layout
+    payload = bytearray(layout.encode(world.vectors[index], seed=0))
+    word = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
+    for span in layout.spans(0, layout.num_chunks):
+        if span.section.codec == world.codec:
+            for chunk in range(span.first_chunk, span.first_chunk + -(-span.num_elements // CHUNK_ELEMENTS)):
+                offset = layout.byte_offset(chunk)
+                payload[offset : offset + 2] = word
+    return bytes(payload)
+
+
 def poisoned(value: float) -> Callable[[Scene], None]:
     def poison(scene: Scene) -> None:
+        if scene.world.codec == "int4" and not math.isfinite(value):  # which no encoder writes
+            scene.world.crafted[scene.bad] = with_scales_of(scene.world, scene.bad, value)
+            scene.world.prepare()
+            return
         for vector in scene.world.vectors[scene.bad].values():
             vector[::1000] = value
         scene.world.prepare()

@@ -55,6 +55,7 @@ class World:
     reducers: Sequence[int] | None = None
     vectors: list[dict[str, Tensor]] = field(default_factory=list)
     roots: dict[int, bytes] = field(default_factory=dict)
+    crafted: dict[int, bytes] = field(default_factory=dict)  # payloads that no encoder wrote
 
     def __post_init__(self) -> None:
         self.layout = make_layout(self.codec, self.scale)
@@ -67,7 +68,9 @@ class World:
 
     def prepare(self) -> None:
         """Payloads and plan for the vectors as they are."""
-        self.payloads: list[bytes | None] = [self.layout.encode(v, seed=0) for v in self.vectors]
+        self.payloads: list[bytes | None] = [
+            self.crafted[i] if i in self.crafted else self.layout.encode(v, seed=0) for i, v in enumerate(self.vectors)
+        ]
         self.payloads += [None] * self.num_validators
         self.plan = GroupPlan(
             run_id="r" * 64,

@@ -29,7 +29,7 @@ def test_bits_are_equal_whatever_the_codec_the_group_and_the_order_of_arrival(da
     world = World(
         num_senders=size,
         num_validators=data.draw(st.integers(0, 2)),
-        codec=data.draw(st.sampled_from(CODEC_NAMES)),
+        codec=data.draw(st.sampled_from([name for name in CODEC_NAMES if not name.startswith("log")])),  # signed values
         scale=data.draw(st.integers(1, 3)),
         stall_s=15.0,
     )
