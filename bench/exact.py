@@ -8,7 +8,8 @@ dense W' with matrix products in float64 and averages those. Error of a layer: `
 ||mean_i W'_i - W'_start||``, Frobenius norms, float64. The table gives that of the whole model and of its worst layer;
 the claims are on the worst layer, the strictest way to say it.
 
-*Loss* is that of `bench.loss`'s simulation: plain DoRA (`bench.recipes`), 3 miners, H = 50, vector and moments averaged.
+*Loss* is that of `bench.loss`'s simulation, with the rates of `bench.recipes`: 3 miners, H = 50, vector and moments
+averaged.
 """
 
 from __future__ import annotations
