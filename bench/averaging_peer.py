@@ -23,6 +23,7 @@ import psutil
 import torch
 
 SEND_DEADLINE_S, DEADLINE_S = 60.0, 120.0
+MATCHMAKING_TIMEOUT_S = 30.0
 RSS_TICK_S = 0.005
 BASE_PERIOD = 1 << 16
 Reply = dict[str, Any]
@@ -112,7 +113,7 @@ class OurPeer:
             deadline_s=DEADLINE_S,
             max_abs=1e4,
         )
-        return {}
+        return {"met": True}
 
     async def go(self) -> Vectors:
         from hivetrain.averaging.butterfly import all_reduce
@@ -134,6 +135,7 @@ class HivemindPeer:
     def __init__(self, index: int, num_peers: int) -> None:
         self._index, self._num_peers, self._rounds = index, num_peers, 0
         self._averager: Any = None
+        self._control: Any = None
 
     async def join(self, first: Reply | None, swarm: Reply) -> Reply:
         import hivemind
@@ -161,14 +163,18 @@ class HivemindPeer:
     async def meet(self, group: list[Reply]) -> Reply:
         from hivemind.averaging.control import AveragingStage
 
+        if self._control is not None and not self._control.done():  # of a group that not everyone found
+            self._control.cancel()
         with self._averager.get_tensors() as tensors:
             for tensor in tensors:
                 tensor[:] = base_vector(tensor.numel()) * (self._index + 1)
-        self._control = self._averager.step(wait=False, require_trigger=True, timeout=100.0)
-        async with asyncio.timeout(100):
-            while self._control.stage != AveragingStage.AWAITING_TRIGGER:  # noqa: ASYNC110 (another process sets it)
-                await asyncio.sleep(0.01)
-        return {}
+        self._control = self._averager.step(wait=False, require_trigger=True, timeout=MATCHMAKING_TIMEOUT_S + 100.0)
+        deadline = time.monotonic() + MATCHMAKING_TIMEOUT_S
+        while self._control.stage != AveragingStage.AWAITING_TRIGGER:
+            if time.monotonic() > deadline:
+                return {"met": False}
+            await asyncio.sleep(0.01)
+        return {"met": True}
 
     async def go(self) -> Vectors:
         self._control.allow_allreduce()
@@ -219,7 +225,7 @@ class GlooPeer:
 
     async def meet(self, group: list[Reply]) -> Reply:
         self._vector = base_vector(self._num_elements) * (self._index + 1)
-        return {}
+        return {"met": True}
 
     async def go(self) -> Vectors:
         from torch import distributed
