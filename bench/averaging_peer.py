@@ -32,17 +32,19 @@ Spec = tuple[str, int, str]
 """A vector's name, its number of elements, and its codec."""
 
 
-def base_vector(num_elements: int) -> torch.Tensor:
-    """The same on every peer: float32, shape [num_elements]."""
+def base_vector(num_elements: int, name: str = "") -> torch.Tensor:
+    """The same on every peer: float32, shape [num_elements]; second moments are not negative."""
     period = torch.randn(BASE_PERIOD, generator=torch.Generator().manual_seed(0))
+    if name == "exp_avg_sq":
+        period = period.abs()
     return period.repeat(-(-num_elements // BASE_PERIOD))[:num_elements].contiguous()
 
 
 def relative_error(means: Vectors, num_peers: int) -> float:
     """Largest deviation from the mean of 1, 2, ... times the base vector, checked on every 7th value."""
     worst = 0.0
-    for mean in means.values():
-        expected = base_vector(mean.numel())[::7].double() * ((num_peers + 1) / 2)
+    for name, mean in means.items():
+        expected = base_vector(mean.numel(), name)[::7].double() * ((num_peers + 1) / 2)
         worst = max(worst, float(((mean[::7].double() - expected).abs().max() / expected.abs().max()).item()))
     return worst
 
@@ -81,7 +83,7 @@ class OurPeer:
 
         self._layout = PayloadLayout([Section(name=name, num_elements=n, codec=codec) for name, n, codec in specs])
         self._payload: bytes | None = None
-        vectors = {name: base_vector(n) * (self._index + 1) for name, n, _ in specs}
+        vectors = {name: base_vector(n, name) * (self._index + 1) for name, n, _ in specs}
         self._payload = self._layout.encode(vectors, seed=0)
         self._memory = bytearray(self._layout.size_bytes) if self._keep else None
         self._tree = MerkleTree(self._layout.chunk_digests(self._payload))  # a miner has it since it committed
