@@ -23,6 +23,7 @@ import psutil
 import torch
 
 SEND_DEADLINE_S, DEADLINE_S = 60.0, 120.0
+MATCHMAKING_TIMEOUT_S = 30.0
 RSS_TICK_S = 0.005
 BASE_PERIOD = 1 << 16
 Reply = dict[str, Any]
@@ -31,17 +32,19 @@ Spec = tuple[str, int, str]
 """A vector's name, its number of elements, and its codec."""
 
 
-def base_vector(num_elements: int) -> torch.Tensor:
-    """The same on every peer: float32, shape [num_elements]."""
+def base_vector(num_elements: int, name: str = "") -> torch.Tensor:
+    """The same on every peer: float32, shape [num_elements]; second moments are not negative."""
     period = torch.randn(BASE_PERIOD, generator=torch.Generator().manual_seed(0))
+    if name == "exp_avg_sq":
+        period = period.abs()
     return period.repeat(-(-num_elements // BASE_PERIOD))[:num_elements].contiguous()
 
 
 def relative_error(means: Vectors, num_peers: int) -> float:
     """Largest deviation from the mean of 1, 2, ... times the base vector, checked on every 7th value."""
     worst = 0.0
-    for mean in means.values():
-        expected = base_vector(mean.numel())[::7].double() * ((num_peers + 1) / 2)
+    for name, mean in means.items():
+        expected = base_vector(mean.numel(), name)[::7].double() * ((num_peers + 1) / 2)
         worst = max(worst, float(((mean[::7].double() - expected).abs().max() / expected.abs().max()).item()))
     return worst
 
@@ -80,7 +83,7 @@ class OurPeer:
 
         self._layout = PayloadLayout([Section(name=name, num_elements=n, codec=codec) for name, n, codec in specs])
         self._payload: bytes | None = None
-        vectors = {name: base_vector(n) * (self._index + 1) for name, n, _ in specs}
+        vectors = {name: base_vector(n, name) * (self._index + 1) for name, n, _ in specs}
         self._payload = self._layout.encode(vectors, seed=0)
         self._memory = bytearray(self._layout.size_bytes) if self._keep else None
         self._tree = MerkleTree(self._layout.chunk_digests(self._payload))  # a miner has it since it committed
@@ -112,7 +115,7 @@ class OurPeer:
             deadline_s=DEADLINE_S,
             max_abs=1e4,
         )
-        return {}
+        return {"met": True}
 
     async def go(self) -> Vectors:
         from hivetrain.averaging.butterfly import all_reduce
@@ -134,6 +137,7 @@ class HivemindPeer:
     def __init__(self, index: int, num_peers: int) -> None:
         self._index, self._num_peers, self._rounds = index, num_peers, 0
         self._averager: Any = None
+        self._control: Any = None
 
     async def join(self, first: Reply | None, swarm: Reply) -> Reply:
         import hivemind
@@ -161,14 +165,18 @@ class HivemindPeer:
     async def meet(self, group: list[Reply]) -> Reply:
         from hivemind.averaging.control import AveragingStage
 
+        if self._control is not None and not self._control.done():  # of a group that not everyone found
+            self._control.cancel()
         with self._averager.get_tensors() as tensors:
             for tensor in tensors:
                 tensor[:] = base_vector(tensor.numel()) * (self._index + 1)
-        self._control = self._averager.step(wait=False, require_trigger=True, timeout=100.0)
-        async with asyncio.timeout(100):
-            while self._control.stage != AveragingStage.AWAITING_TRIGGER:  # noqa: ASYNC110 (another process sets it)
-                await asyncio.sleep(0.01)
-        return {}
+        self._control = self._averager.step(wait=False, require_trigger=True, timeout=MATCHMAKING_TIMEOUT_S + 100.0)
+        deadline = time.monotonic() + MATCHMAKING_TIMEOUT_S
+        while self._control.stage != AveragingStage.AWAITING_TRIGGER:
+            if time.monotonic() > deadline:
+                return {"met": False}
+            await asyncio.sleep(0.01)
+        return {"met": True}
 
     async def go(self) -> Vectors:
         self._control.allow_allreduce()
@@ -219,7 +227,7 @@ class GlooPeer:
 
     async def meet(self, group: list[Reply]) -> Reply:
         self._vector = base_vector(self._num_elements) * (self._index + 1)
-        return {}
+        return {"met": True}
 
     async def go(self) -> Vectors:
         from torch import distributed

@@ -41,6 +41,7 @@ from template.dendrite import Dendrite, PeerAddress
 from template.protocol import Opening, Train, TrainReply
 from tests.hub_fixture import free_port, make_manifest, running_hub
 
+SECTIONS = ("delta", "exp_avg", "exp_avg_sq")
 NUM_MINERS = 4
 NUM_CHECKED = 2  # of them, in one round, by one validator: `scoring.check_share` of 0.5
 OPENED_SNAPSHOTS = 3  # both ends of a window, and the last
@@ -51,7 +52,10 @@ GOAL = 0.99
 MAX_STEPS, SNAPSHOT_EVERY = 500, 2
 PRODUCTION = Schedule(train=1189, commit=1, verify=6, all_reduce=2, publish=2)
 TIMEOUT_S = 120.0
-CODECS = [("fp32", "fp32"), ("fp16", "fp32"), ("int4", "int8")]
+Codecs = tuple[str, str, str]
+"""Of the update, and of its first and second moments."""
+
+CODECS: list[Codecs] = [("fp32", "fp32", "fp32"), ("fp16", "fp32", "fp32"), ("int4", "int8", "log8")]
 LOSSY_ERROR = 0.2
 
 
@@ -171,8 +175,8 @@ async def publish_and_download(wan: Wan, folder: Path) -> tuple[float, float]:
         return publish, await timed(asyncio.to_thread(download))
 
 
-async def all_reduces(wan: Wan, folder: Path, codecs: Sequence[tuple[str, str]], repeats: int) -> list[float]:
-    """Median seconds of an all-reduce under each pair of codecs (of the update, and of its moments)."""
+async def all_reduces(wan: Wan, folder: Path, codecs: Sequence[Codecs], repeats: int) -> list[float]:
+    """Median seconds of an all-reduce under each choice of codecs."""
     swarms = []
     for miner, line in enumerate(wan.miners):
         host, port, bulk_port = wan.address_of(miner), free_port(), free_port()
@@ -189,12 +193,8 @@ async def all_reduces(wan: Wan, folder: Path, codecs: Sequence[tuple[str, str]],
     def measure() -> list[float]:
         medians = []
         with Group("ours", NUM_MINERS, folder, swarms, LOSSY_ERROR) as group:
-            for codec, moments_codec in codecs:
-                specs: list[Spec] = [
-                    ("delta", NUM_VALUES, codec),
-                    ("exp_avg", NUM_VALUES, moments_codec),
-                    ("exp_avg_sq", NUM_VALUES, moments_codec),
-                ]
+            for choice in codecs:
+                specs: list[Spec] = [(name, NUM_VALUES, codec) for name, codec in zip(SECTIONS, choice, strict=True)]
                 group.prepare(specs)
                 medians.append(statistics.median(group.round().seconds for _ in range(repeats)))
         return medians
@@ -202,9 +202,9 @@ async def all_reduces(wan: Wan, folder: Path, codecs: Sequence[tuple[str, str]],
     return await asyncio.to_thread(measure)
 
 
-async def measure(repeats: int) -> dict[tuple[str, str], Traffic]:
-    """One round's traffic under each pair of codecs."""
-    codecs = [pair for pair in CODECS if set(pair) <= set(CODEC_NAMES)]
+async def measure(repeats: int) -> dict[Codecs, Traffic]:
+    """One round's traffic under each choice of codecs."""
+    codecs = [choice for choice in CODECS if set(choice) <= set(CODEC_NAMES)]
     wan = Wan()
     with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
         try:
@@ -214,8 +214,8 @@ async def measure(repeats: int) -> dict[tuple[str, str], Traffic]:
         finally:
             await wan.close()
     return {
-        pair: Traffic(commit=commit, verify=verify, all_reduce=one, publish=publish, download=download)
-        for pair, one in zip(codecs, seconds, strict=True)
+        choice: Traffic(commit=commit, verify=verify, all_reduce=one, publish=publish, download=download)
+        for choice, one in zip(codecs, seconds, strict=True)
     }
 
 
@@ -240,8 +240,8 @@ def run(quick: bool) -> list[Claim]:
     results = asyncio.run(measure(1 if quick else 3))
     has = dict(zip(("train", "commit", "verify", "all_reduce", "publish"), PRODUCTION.phase_blocks, strict=True))
     rows, claims = [], []
-    for (codec, moments_codec), traffic in results.items():
-        name = f"{codec}, moments {moments_codec}"
+    for choice, traffic in results.items():
+        name = "/".join(choice)
         phases = needed(traffic, PRODUCTION)
         cells = [f"{getattr(traffic, phase):.1f} s: {count}" for phase, count in phases.items()]
         share = PRODUCTION.train / (PRODUCTION.train + sum(phases.values()))

@@ -22,7 +22,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroupPlan, "batch_chunks", 2)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_bits_are_equal_whatever_the_codec_the_group_and_the_order_of_arrival(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 6))

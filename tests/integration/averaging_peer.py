@@ -23,10 +23,12 @@ import torch
 
 from hivetrain.averaging import opening, reduction
 from hivetrain.averaging.butterfly import all_reduce
+from hivetrain.averaging.framing import FrameStream
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.averaging.messages import Contribution
-from hivetrain.averaging.swarm import Swarm, SwarmStream
+from hivetrain.averaging.sealing import Sealer
+from hivetrain.averaging.swarm import Swarm
 from hivetrain.errors import Fault, PeerFault, ServiceError
 from hivetrain.verification.merkle import MerkleTree
 from tests.keys import TestIdentity as Key
@@ -55,16 +57,16 @@ def weight(index: int) -> float:
 
 
 def signal_after(number: int, frames: int) -> Any:
-    """Send ``number`` to ourselves once we have sent so many frames."""
-    real, left = SwarmStream.send, [frames]
+    """Send ``number`` to ourselves once we have sent so many frames, the choice of their path apart."""
+    real, left = FrameStream.send, [frames]
 
-    async def send(self: SwarmStream, frame: Any) -> None:
+    async def send(self: FrameStream, frame: Any) -> None:
         await real(self, frame)
-        left[0] -= 1
+        left[0] -= isinstance(self._outgoing, Sealer)
         if not left[0]:
             os.kill(os.getpid(), number)
 
-    return patch.object(SwarmStream, "send", send)
+    return patch.object(FrameStream, "send", send)
 
 
 def wrong_average() -> Any:
@@ -92,13 +94,13 @@ def too_few_batches() -> Any:
 
 
 def other_bytes() -> Any:
-    real = SwarmStream.send
+    real = FrameStream.send
 
-    async def send(self: SwarmStream, frame: Any) -> None:
+    async def send(self: FrameStream, frame: Any) -> None:
         data = bytes(frame)
         await real(self, data if len(data) < 100_000 else data[:-1] + bytes([data[-1] ^ 1]))
 
-    return patch.object(SwarmStream, "send", send)
+    return patch.object(FrameStream, "send", send)
 
 
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
