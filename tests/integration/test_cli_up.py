@@ -68,7 +68,6 @@ def test_a_good_run_ends_by_itself_with_status_0_and_writes_the_outcome(tmp_path
     status, text = run_fake("good", options(folder, num_epochs=2, json_path=out, min_loss_drop=1.0))
     assert status == 0, text
     assert text.splitlines()[-1] == "2/2 epochs published · val loss 7.000 -> 6.000 · weights set"
-    assert "genesis" in text
     assert "epoch 1 published, val loss 6.5000 (1/2)" in text
     assert "validator-1 epoch 1 is on the hub" in text
     report = json.loads(out.read_text())

@@ -74,6 +74,7 @@ def why(world: World, manifest: Manifest) -> str | None:
         quorum=world.parts.recipe.gates.quorum,
         registered=lambda hotkey: True,
         base_epoch=world.parts.recipe.adapter.base_epoch,
+        why_no_publisher=lambda *_: None,
         verify=verify,
     )
 
