@@ -7,7 +7,8 @@ The bad send, every round, what they make of the honest members' mean, which the
 vectors: how far a mean of the whole group ends from the plain mean of the honest, relative to it, on the first
 round's pseudo-gradients. The second compares what counts: held-out loss after a few rounds of training through that
 mean, AdamW's moments included. Claims are of the worst attack: which share it leaves of what the honest alone win.
-Means are taken block by block, as a reducer takes them. Contributions are fp32 here, and no replay protects anybody."""
+Means are taken block by block, as a reducer takes them. Contributions are fp32 here, and no replay protects anybody.
+"""
 
 from __future__ import annotations
 
