@@ -272,8 +272,12 @@ class Swarm:
         if self._acceptor is None or self._negotiating[peer_id] >= MAX_NEGOTIATIONS:
             writer.transport.abort()
             return
+        try:
+            stream = await self._take_over(info, reader, writer)
+        except LinkLost as exc:
+            logger.debug("swarm: %s", exc.detail)
+            return
         # A task of our own: hivemind's, cancelled, would be reported as an error.
-        stream = await self._take_over(info, reader, writer)
         task = asyncio.create_task(self._answer(stream, ip_hosts([str(info.addr)])))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
