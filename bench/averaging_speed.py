@@ -71,7 +71,7 @@ class Group:
         self._peers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Group:
-        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")
+        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
         for index in range(self._num_peers):
             command = [sys.executable, "-m", "bench.averaging_peer", self.kind, str(index), str(self._num_peers)]
             with (self._folder / f"{self.kind}-{index}.log").open("w") as log:
