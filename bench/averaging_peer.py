@@ -339,7 +339,6 @@ async def obey(peer: Peer, num_peers: int, command: Reply) -> Reply:
 
 async def main(kind: str, index: int, num_peers: int) -> None:
     """Obey until stdin ends or ``leave``."""
-    torch.set_num_threads(1)
     peer = KINDS[kind](index, num_peers)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed goes to the log

@@ -33,8 +33,8 @@ from bench.harness import Claim, arguments, at_least, at_most, ratio_of_medians,
 FRESH = "ours, fresh memory"
 KINDS = ("ours", FRESH, "hivemind", "gloo")
 MAX_ERROR = 1e-5
-MEETINGS = 4  # attempts: on a busy machine hivemind's matchmaking fails at times
-MEMORY_PER_PEER = {"ours": 2.5, FRESH: 2.5, "hivemind": 4.0, "gloo": 1.0}  # times the vector, at most
+ATTEMPTS = 4  # on a busy machine hivemind's matchmaking, or a part of its mean, fails at times
+MEMORY_PER_PEER = {"ours": 2.5, FRESH: 2.5, "hivemind": 3.0, "gloo": 1.0}  # times the vector, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Group:
         self._peers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Group:
-        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")
+        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
         for index in range(self._num_peers):
             command = [sys.executable, "-m", "bench.averaging_peer", self.kind, str(index), str(self._num_peers)]
             with (self._folder / f"{self.kind}-{index}.log").open("w") as log:
@@ -120,13 +120,12 @@ class Group:
         Raises:
             RuntimeError: the mean is wrong, or (ours) members hold different bits.
         """
-        everyone = range(self._num_peers)
-        if not any(
-            all(answer["met"] for answer in self._ask(everyone, do="meet", group=self._group)) for _ in range(MEETINGS)
-        ):
-            raise RuntimeError(f"{self.kind}: no group of {self._num_peers} in {MEETINGS} attempts")
-        answers = self._ask(everyone, do="go")
-        error = max(answer["error"] for answer in answers)
+        for _ in range(ATTEMPTS):
+            answers = self._try()
+            error = max(answer["error"] for answer in answers)
+            if error <= self._max_error or self.kind != "hivemind":
+                break
+            print(f"{self.kind}: a mean is off by {error:.2g}; once more", flush=True)
         if error > self._max_error:
             raise RuntimeError(f"{self.kind}: a mean is off by {error:.2g}")
         if self.kind.startswith("ours") and len({answer["sha256"] for answer in answers}) != 1:
@@ -136,6 +135,13 @@ class Group:
             cpu_s=statistics.mean(answer["cpu_s"] for answer in answers),
             peak_mb=max(answer["peak_mb"] for answer in answers),
         )
+
+    def _try(self) -> list[Any]:
+        everyone = range(self._num_peers)
+        for _ in range(ATTEMPTS):
+            if all(answer["met"] for answer in self._ask(everyone, do="meet", group=self._group)):
+                return self._ask(everyone, do="go")
+        raise RuntimeError(f"{self.kind}: no group of {self._num_peers} in {ATTEMPTS} attempts")
 
     def _ask(self, indices: Sequence[int], **command: object) -> list[Any]:
         for index in indices:
@@ -207,7 +213,7 @@ def run(quick: bool) -> list[Claim]:
     claims: list[Claim] = []
     for num_peers, sizes_mb in cases.items():
         kinds = [kind for kind in KINDS if kind != FRESH or num_peers == 4]
-        results = measure(num_peers, sizes_mb, 3 if quick else 5, kinds)
+        results = measure(num_peers, sizes_mb, 3, kinds)
         for size_mb, kind in results:
             rounds, ours = results[size_mb, kind], results[size_mb, "ours"]
             rows.append(
