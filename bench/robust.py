@@ -4,9 +4,9 @@
 
 The honest train plain DoRA (`bench.recipes`) from its random start, where a few rounds win much and so can lose much.
 The bad send, every round, what they make of the honest members' mean, which they know. The first table compares
-vectors: how far a mean of the whole group ends from the plain mean of the honest, relative to it, on the first
-round's pseudo-gradients. The second compares what counts: held-out loss after a few rounds of training through that
-mean, AdamW's moments included. Claims are of the worst attack: which share it leaves of what the honest alone win.
+vectors: how far a mean of the whole group ends from the plain mean of the honest, relative to it, on the first round's
+pseudo-gradients. The second compares what counts: held-out loss after a few rounds of training through that mean,
+AdamW's moments included. Claims are of the worst attack: which share it leaves of what the honest alone win.
 Means are taken block by block, as a reducer takes them. Contributions are fp32 here, and no replay protects anybody.
 """
 

@@ -15,8 +15,8 @@ charged one butterfly of the fp32 gradient per step in the same group. What does
 proofs, signatures) is left out of both arms. "Kept" is the share of the reference's gain over the untrained adapter:
 1% of the loss is a good part of what adapters win, so the gap alone flatters.
 
-The second table is the embedded model under `bench.recipes`, which starts from random weights and trains embeddings
-and norms too.
+The second table is the embedded model under `bench.recipes`, which starts from random weights and trains embeddings and
+norms too.
 """
 
 from __future__ import annotations
