@@ -186,11 +186,12 @@ def garbage(scene: Scene) -> None:
     scene.links(rewrite=lambda index, frame: b"\xff\x00garbage" if index >= 4 else frame)
 
 
-def with_scales_of(world: World, index: int, value: float) -> bytes:
-    """A member's payload in a codec whose chunks begin with a bfloat16 scale, each of these being ``value``."""
+def with_first_words(world: World, index: int, value: float) -> bytes:
+    """A member's payload whose chunks begin with ``value``: an fp16 value, or an int4 block's bfloat16 scale."""
     layout = world.layout
     payload = bytearray(layout.encode(world.vectors[index], seed=0))
-    word = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
+    dtype = {"fp16": torch.float16, "int4": torch.bfloat16}[world.codec]
+    word = torch.tensor(value, dtype=dtype).view(torch.int16).numpy().astype("<i2").tobytes()
     for span in layout.spans(0, layout.num_chunks):
         if span.section.codec == world.codec:
             for chunk in range(span.first_chunk, span.first_chunk + -(-span.num_elements // CHUNK_ELEMENTS)):
@@ -201,8 +202,8 @@ def with_scales_of(world: World, index: int, value: float) -> bytes:
 
 def poisoned(value: float) -> Callable[[Scene], None]:
     def poison(scene: Scene) -> None:
-        if scene.world.codec == "int4" and not math.isfinite(value):  # which no encoder writes
-            scene.world.crafted[scene.bad] = with_scales_of(scene.world, scene.bad, value)
+        if scene.world.codec != "fp32" and not math.isfinite(value):  # which no encoder writes
+            scene.world.crafted[scene.bad] = with_first_words(scene.world, scene.bad, value)
             scene.world.prepare()
             return
         for vector in scene.world.vectors[scene.bad].values():
