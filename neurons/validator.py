@@ -111,7 +111,8 @@ class Validator(LeadingNeuron):
             samples_per_step=samples,
             tokens_per_step=samples * data.seq_len,
             feeds_back=self.recipe.averaging.feeds_back,
-            was_in=hotkey in base.manifest.receipts,
+            # A merge leaves no remainder: the vector it belonged to is gone.
+            was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
         )
 
     def verify(self, position: Position, notes: RoundNotes) -> None:

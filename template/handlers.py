@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgpack
 
 from hivetrain import __version__
-from hivetrain.averaging.group import GroupPlan, plan_from_dict
+from hivetrain.averaging.group import AUDIT_BLOCKS, GroupPlan, plan_from_dict
 from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Identity
@@ -257,6 +257,12 @@ class Handlers:
                 f"mean {plan.mean!r} within ±{plan.max_abs:g}, "
                 f"the recipe says {self._averaging.mean!r} within ±{self._averaging.max_abs:g}"
             )
+        if (plan.audit_blocks, plan.stall_s, plan.min_rate) != (AUDIT_BLOCKS, None, 0.0):
+            return (
+                f"audits of {plan.audit_blocks} blocks, stall {plan.stall_s}, rate {plan.min_rate}: not the protocol's"
+            )
+        if not 0.25 <= plan.send_deadline_s / plan.deadline_s <= 0.75:
+            return f"vectors within {plan.send_deadline_s:g} s of {plan.deadline_s:g} s: a quarter to three is due"
         mine = plan.member(self._identity.hotkey)
         if mine is None:
             return "this hotkey is not in the group"

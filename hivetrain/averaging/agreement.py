@@ -5,8 +5,9 @@ the others that it does not disregard have said the same as it. Where they say o
 
 - two different results of one part and rank are a proof against their reducer, and void;
 - a result that is void already is answered with its proof;
-- of two ranks' results the one with more weight in it wins, of equal ones the lower rank. What nobody but its own
-  reducer holds does not count: everyone else gave it up.
+- of two ranks' results the one that more members hold wins (its own reducer does not count), of equal ones the one with
+  more weight in it, then the lower rank. Nobody drops what it holds for what no more members say that they hold, before
+  it has heard from everyone: a reducer and one other that lie together outvote nobody.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 
 from hivetrain.averaging.group import Member
 from hivetrain.averaging.messages import Confirm
@@ -114,15 +116,19 @@ class Agreement:
         if before is not None and theirs.version < before.version:
             state.changed.notify()
             return  # its answer to us was overtaken by what it told us on another stream
-        self._heard[member.hotkey] = theirs
         self._gone.discard(member.hotkey)
+        sound = []
         for result in theirs.results:
             if not self._signed.note(result):
                 detail = f"passed on a result of part {result.part} that nobody signed"
                 state.blame(member.hotkey, Fault.BAD_SIGNATURE, detail)
                 break
+            if not self._signed.is_sound(result):
+                continue
+            sound.append(result)
             if self._signed.is_void(result):
                 self._peers.warn((result.part, result.rank), [member])
+        self._heard[member.hotkey] = theirs.model_copy(update={"results": sound})
         for holding in state.holdings.values():
             self._reconsider(holding)
         state.changed.notify()
@@ -137,13 +143,23 @@ class Agreement:
         for hotkey, theirs in self._heard.items():
             if hotkey not in state.banned:
                 held += [(hotkey, result) for result in theirs.results if result.part == part]
-        ranks = {
-            (-weight_in(result, state.plan, holding.part), result.rank)
-            for hotkey, result in held
-            if not self._signed.is_void(result) and state.plan.reducer(part, result.rank).hotkey != hotkey
-        }
-        if ranks and (mine is None or min(ranks)[1] != mine.rank):
+        holders: Counter[int] = Counter()
+        weights: dict[int, float] = {}
+        for hotkey, result in held:
+            if not self._signed.is_void(result) and state.plan.reducer(part, result.rank).hotkey != hotkey:
+                holders[result.rank] += 1
+                weights[result.rank] = weight_in(result, state.plan, holding.part)
+        if not holders:
+            return
+        best = min(holders, key=lambda rank: (-holders[rank], -weights[rank], rank))
+        if mine is None or (
+            best != mine.rank and (holders[best] > holders[mine.rank] or all(map(self._has_spoken, state.others)))
+        ):
             state.reopen(holding, state.plan.num_ranks)
+
+    def _has_spoken(self, member: Member) -> bool:
+        hotkey = member.hotkey
+        return hotkey in self._heard or hotkey in self._gone or hotkey in self._state.banned
 
 
 def _essence(confirm: Confirm) -> set[tuple[object, ...]]:

@@ -19,6 +19,7 @@ from hivetrain.averaging.robust import get_mean
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.verification.merkle import DIGEST_BYTES
 
+AUDIT_BLOCKS = 2  # of every foreign part, that each member recomputes
 MAX_MEMBERS = 256
 MAX_WEIGHTED_SUM = 1e37  # of float32's 3.4e38: the sum of w * x cannot overflow below it
 MAX_AUDIT_BLOCKS = 64
@@ -103,7 +104,7 @@ class GroupPlan:
     max_abs: float
     stall_s: float | None = None
     min_rate: float = 0.0
-    audit_blocks: int = 2
+    audit_blocks: int = AUDIT_BLOCKS
     mean: str = "mean"
 
     def __post_init__(self) -> None:

@@ -143,8 +143,10 @@ class Peers:
                 header = await receive(stream, Batch, Refusal)
                 if isinstance(header, Refusal):
                     return []
+                link, began = state.link(peer), state.clock.now()
                 data = await stream.receive(state.plan.layout.range_bytes(start, stop))
-                state.link(peer).bytes_received += len(data)
+                link.bytes_received += len(data)
+                link.seconds += state.clock.now() - began
                 openings.append((header, data))
             return openings
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import MAX_MEMBERS, GroupPlan
 from hivetrain.averaging.messages import Batch, Digest, Index, Result
-from hivetrain.averaging.reducing import decode_committed, reduce_chunks, rounding_seed
+from hivetrain.averaging.reducing import check_committed, decode_sane, reduce_chunks, rounding_seed
 from hivetrain.averaging.results import is_signed, mask_at, require_sound
 from hivetrain.averaging.transport import MAX_FRAME_BYTES
-from hivetrain.errors import Fault, PeerFault
+from hivetrain.errors import PeerFault
 from hivetrain.identity import Verify
 from hivetrain.verification.merkle import verify_range
 
@@ -144,11 +144,11 @@ def _check_wrong_block(wrong: _WrongBlock, plan: GroupPlan, verify: Verify) -> s
     for index in sorted(openings):
         opening, member = openings[index], plan.members[index]
         header = Batch(start=wrong.start, stop=wrong.stop, proof=opening.proof)
+        check_committed(plan, member, header, opening.data)  # else it proves nothing
         try:
-            vectors.append(decode_committed(plan, member, header, opening.data))
-        except PeerFault as fault:
-            insane = fault.fault in (Fault.NOT_FINITE, Fault.OUT_OF_BOUND)
-            return reducer if insane else None
+            vectors.append(decode_sane(plan, wrong.start, wrong.stop, opening.data))
+        except PeerFault:
+            return reducer  # no reducer may take such bytes in
         weights.append(member.weight)
     mean = reduce_chunks(plan, wrong.start, wrong.stop, vectors, weights, rounding_seed(group_id))
     return None if mean == wrong.data else reducer

@@ -50,6 +50,16 @@ class Signed:
             self.convict(key, pack_two_averages(known, result), f"signed two means of part {result.part}")
         return True
 
+    def is_sound(self, result: Result) -> bool:
+        """Whether a signed result can be a mean of its part at all; blames who signed one that cannot."""
+        state = self._state
+        try:
+            require_sound(result, state.plan, state.holdings[result.part].part)
+        except PeerFault as fault:
+            state.blame(state.plan.reducer(result.part, result.rank).hotkey, fault.fault, fault.detail, result.part)
+            return False
+        return True
+
     def certify(self, mean: Mean, result: Result, bearer: Member) -> None:
         """Check that ``result`` is signed over a mean that came whole, and that it can be one.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hivetrain.averaging.butterfly import AllReduceOutcome
 from hivetrain.averaging.group import GroupPlan
+from hivetrain.errors import Fault
 from hivetrain.run import Scoring
 from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts, Score, Unscored, score_round
 from hivetrain.verification.receipt import Receipt
@@ -13,6 +14,9 @@ from template.validator.collect import Collected
 
 MOSTLY_INCLUDED = 0.5
 """A sender that more than this share of the mean holds was in time: one reducer's word alone leaves nobody unpaid."""
+
+SILENT = frozenset({Fault.ABSENT, Fault.LATE})
+"""What a bad link looks like too: no fault of a sender that the mean holds all the same."""
 
 Seen = Sequence[tuple[GroupPlan, AllReduceOutcome]]
 """The attempts at a round's all-reduce that this validator sat in to their end, in their order."""
@@ -36,20 +40,29 @@ def round_weights(
 
 def measured(seen: Seen, hotkey: str) -> Bandwidth | None:
     """What we saw of ``hotkey``'s sending to our own part, or of its faults; None where our own side saw nothing."""
-    for _, outcome in seen:
-        for fault in outcome.faults:
-            if fault.hotkey == hotkey:
-                return Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault=f"{fault.fault.value}: {fault.detail}")
     # The attempt that gave a whole mean counts; where none did, the last one.
-    _, outcome = max(enumerate(outcome for _, outcome in seen), key=lambda one: (one[1].complete, one[0]))
-    if not any(outcome.included.values()):
-        return None
+    _, (plan, outcome) = max(enumerate(seen), key=lambda one: (one[1][1].complete, one[0]))
     in_time = outcome.included.get(hotkey, 0.0) > MOSTLY_INCLUDED
+    for tried, one in seen:
+        for fault in one.faults:
+            # A sender's silence towards us; a reducer's is recorded only where nobody holds its mean.
+            to_us = fault.part not in {part.index for part in tried.parts() if part.reducer.hotkey == hotkey}
+            excused = fault.fault in SILENT and ((in_time and to_us) or _all_went_silent(tried, one))
+            if fault.hotkey == hotkey and not excused:
+                return Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault=f"{fault.fault.value}: {fault.detail}")
+    if not any(outcome.included.values()) or (not in_time and _all_went_silent(plan, outcome)):
+        return None
     link = next((link for link in outcome.links if link.hotkey == hotkey), None)
     size_bytes, seconds = (link.bytes_received, link.seconds) if link is not None else (0, 0.0)
     if in_time and size_bytes == 0:
         return None  # it sent to the others: we reduced nothing, or had stopped
     return Bandwidth(size_bytes=size_bytes, seconds=seconds, in_time=in_time)
+
+
+def _all_went_silent(plan: GroupPlan, outcome: AllReduceOutcome) -> bool:
+    """Whether every one of several senders went silent here: then our own line is the likelier cause."""
+    senders = {member.hotkey for member in plan.members if member.sends}
+    return len(senders) > 1 and senders <= {fault.hotkey for fault in outcome.faults if fault.fault in SILENT}
 
 
 def score_miners(

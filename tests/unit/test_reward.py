@@ -196,12 +196,27 @@ def fault_of(hotkey: str, kind: Fault = Fault.ABSENT) -> FaultRecord:
 
 
 def test_whom_we_saw_at_fault_earns_no_bandwidth_though_it_sent_everything(average: MovingAverage) -> None:
-    outcome = dataclasses.replace(outcome_of({"a": 1000, "b": 1000}), faults=(fault_of("a"), fault_of("")))
+    outcome = dataclasses.replace(outcome_of({"a": 1000, "b": 1000}), faults=(fault_of("b"), fault_of("")))
     found = scores_of(average, collected("a", "b"), outcome=outcome)
-    assert score(found, "a").reasons["bandwidth"] == (
+    assert score(found, "b").reasons["bandwidth"] == (
         "at fault in the all-reduce: absent: nobody holds the mean of part 1"
     )
-    assert [score(found, hotkey).score for hotkey in "ab"] == [pytest.approx(SCORING.steps_weight), 1.0]
+    assert [score(found, hotkey).score for hotkey in "ab"] == [1.0, pytest.approx(SCORING.steps_weight)]
+
+
+def test_silence_towards_us_costs_nothing_where_the_mean_holds_the_sender(average: MovingAverage) -> None:
+    outcome = dataclasses.replace(outcome_of({"a": 1000, "b": 1000}), faults=(fault_of("a"),))  # part 1 is b's
+    assert score(scores_of(average, collected("a", "b"), outcome=outcome), "a").bandwidth == 1.0
+
+
+def test_where_every_sender_went_silent_it_is_our_line(average: MovingAverage) -> None:
+    cut_off = dataclasses.replace(
+        outcome_of({"a": 0, "b": 0}, included={"a": 0.1, "b": 0.1}),
+        complete=False,
+        faults=(fault_of("a"), fault_of("b")),
+    )
+    found = scores_of(average, collected("a", "b"), outcome=cut_off)
+    assert all(isinstance(found[hotkey], Unscored) for hotkey in "ab")
 
 
 def test_a_fault_in_an_attempt_that_failed_counts_though_the_next_one_went_well(average: MovingAverage) -> None:
