@@ -7,6 +7,7 @@ the all-reduce from a group that has met to the last member's mean: hivemind's m
 Ours checks every chunk against the sender's committed root and encrypts and signs what it sends; hivemind encrypts;
 gloo does none of these. CPU and memory are those of a peer's Python processes and its libp2p daemon together. The mean
 lands in memory that is kept from round to round, as hivemind's and gloo's does; with "fresh memory" the round's own.
+"libp2p only" is what peers have that cannot dial each other.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from bench.averaging_peer import Spec
 from bench.harness import Claim, arguments, at_least, at_most, ratio_of_medians, report, table
 
 FRESH = "ours, fresh memory"
-KINDS = ("ours", FRESH, "hivemind", "gloo")
+LIBP2P = "ours, libp2p only"
+KINDS = ("ours", FRESH, LIBP2P, "hivemind", "gloo")
 MAX_ERROR = 1e-5
 ATTEMPTS = 4  # on a busy machine hivemind's matchmaking, or a part of its mean, fails at times
-MEMORY_PER_PEER = {"ours": 2.5, FRESH: 2.5, "hivemind": 3.0, "gloo": 1.0}  # times the vector, at most
+MEMORY_PER_PEER = {"ours": 2.5, FRESH: 2.5, LIBP2P: 2.5, "hivemind": 3.0, "gloo": 1.0}  # times the vector, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +214,7 @@ def run(quick: bool) -> list[Claim]:
     rows: list[list[str]] = []
     claims: list[Claim] = []
     for num_peers, sizes_mb in cases.items():
-        kinds = [kind for kind in KINDS if kind != FRESH or num_peers == 4]
+        kinds = [kind for kind in KINDS if kind not in (FRESH, LIBP2P) or num_peers == 4]
         results = measure(num_peers, sizes_mb, 3, kinds)
         for size_mb, kind in results:
             rounds, ours = results[size_mb, kind], results[size_mb, "ours"]
