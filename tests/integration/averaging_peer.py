@@ -62,9 +62,10 @@ def signal_after(number: int, frames: int) -> Any:
 
     async def send(self: FrameStream, frame: Any) -> None:
         await real(self, frame)
-        left[0] -= isinstance(self._outgoing, Sealer)
-        if not left[0]:
-            os.kill(os.getpid(), number)
+        if isinstance(self._outgoing, Sealer):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), number)
 
     return patch.object(FrameStream, "send", send)
 

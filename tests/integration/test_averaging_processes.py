@@ -56,7 +56,9 @@ class Group:
 
     def start_round(self, number: int, members: Sequence[int]) -> None:
         self.wait_for(*(f"ready-{number}-{i}.json" for i in members))
-        (self.folder / f"go-{number}.json").write_text("{}")
+        go = self.folder / f"go-{number}.json"
+        go.with_suffix(".tmp").write_text("{}")
+        go.with_suffix(".tmp").rename(go)
 
     def outcomes(self, number: int, members: Sequence[int]) -> list[dict[str, Any]]:
         names = [f"outcome-{number}-{i}.json" for i in members]
