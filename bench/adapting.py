@@ -55,7 +55,7 @@ def adapter_recipe(seed: int) -> Recipe:
 
 def pretrain(corpus: Corpus, seed: int, folder: Path, num_steps: int = BASE_STEPS) -> Path:
     """Train the whole model on the first row groups of the seed's order; the folder that holds it."""
-    inner = _inner(lr=2e-3, warmup_steps=50, total_steps=num_steps, inner_steps=num_steps)
+    inner = _inner(PLAIN_DORA, lr=2e-3, warmup_steps=50, total_steps=num_steps, inner_steps=num_steps)
     recipe = dataclasses.replace(PLAIN_DORA, model=Model(seed=seed), adapter=Adapter(kind="full"), inner=inner)
     model = assemble(recipe, None, len(corpus.tokenizer), "cpu")
     windows = torch.cat(_row_groups(corpus, seed)[:NUM_BASE_GROUPS])
@@ -174,12 +174,16 @@ class Adaptation:
         return curve
 
     def _loop(self, lr: float, inner_steps: int) -> InnerLoop:
-        inner = _inner(lr=lr, warmup_steps=self._warmup_steps, total_steps=self.num_steps, inner_steps=inner_steps)
+        inner = _inner(
+            self._recipe, lr=lr, warmup_steps=self._warmup_steps, total_steps=self.num_steps, inner_steps=inner_steps
+        )
         return InnerLoop(self._model.module, self._model.flat, dataclasses.replace(self._recipe, inner=inner), "cpu")
 
 
-def _inner(*, lr: float, warmup_steps: int, total_steps: int, inner_steps: int) -> Inner:
-    return Inner(
+def _inner(recipe: Recipe, *, lr: float, warmup_steps: int, total_steps: int, inner_steps: int) -> Inner:
+    """The recipe's AdamW under an arm's own rate and lengths."""
+    return dataclasses.replace(
+        recipe.inner,
         lr=lr,
         warmup_steps=warmup_steps,
         total_steps=total_steps,
