@@ -262,7 +262,7 @@ class Handlers:
                 f"audits of {plan.audit_blocks} blocks, stall {plan.stall_s}, rate {plan.min_rate}: not the protocol's"
             )
         if not 0.25 <= plan.send_deadline_s / plan.deadline_s <= 0.75:
-            return f"vectors within {plan.send_deadline_s:g} s of {plan.deadline_s:g} s: a quarter to three is due"
+            return f"vectors in {plan.send_deadline_s:g} of {plan.deadline_s:g} s: a quarter to three quarters is due"
         mine = plan.member(self._identity.hotkey)
         if mine is None:
             return "this hotkey is not in the group"

@@ -181,7 +181,7 @@ class Peers:
             await self.ask(peer, talk)
         except Unanswered as exc:
             logger.info("%s was not shown the evidence on part %d: %s", peer.hotkey, key[0], exc)
-        except Exception as exc:
+        except Exception as exc:  # a bug of ours: the round must end with it, not hang on it
             if not self._state.crash.done():
                 self._state.crash.set_exception(exc)
 

@@ -252,6 +252,18 @@ def other_mean(world: World, plan: GroupPlan) -> AllReduce:
     return synapse_of(world, dataclasses.replace(plan, mean="median"))
 
 
+def no_audits(world: World, plan: GroupPlan) -> AllReduce:
+    return synapse_of(world, dataclasses.replace(plan, audit_blocks=0))
+
+
+def no_patience(world: World, plan: GroupPlan) -> AllReduce:
+    return synapse_of(world, dataclasses.replace(plan, stall_s=1e-9))
+
+
+def no_time_to_send(world: World, plan: GroupPlan) -> AllReduce:
+    return synapse_of(world, dataclasses.replace(plan, send_deadline_s=plan.deadline_s / 100))
+
+
 def other_bound(world: World, plan: GroupPlan) -> AllReduce:
     return synapse_of(world, dataclasses.replace(plan, max_abs=10.0))
 
@@ -283,6 +295,9 @@ def other_root(world: World, plan: GroupPlan) -> AllReduce:
         (other_layout, "layout"),
         (other_mean, "the recipe says 'mean'"),
         (other_bound, "within ±10, the recipe says"),
+        (no_audits, "audits of 0 blocks"),
+        (no_patience, "stall 1e-09"),
+        (no_time_to_send, "a quarter to three quarters is due"),
         (without_me, "this hotkey is not in the group"),
         (other_root, "the plan names another root than the receipt's"),
         (with_synapse(plan=b"\xc1"), "malformed: plan is not msgpack"),
