@@ -18,6 +18,7 @@ Shapes: P = elements of the delta section.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.manifest import Manifest
 from hivetrain.run import CHUNK_ELEMENTS
-from hivetrain.verification.merkle import leaf_digest
 from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, Receipt
 from hivetrain.verification.remainder import (
     RemainderBytes,
@@ -51,7 +51,7 @@ _KEY, _TENSOR = "hivetrain", "carried"
 
 def codec_seed(run_id: str, round_number: int, hotkey: str) -> int:
     """The seed of a codec's rounding, so that its bytes can be recomputed by anyone."""
-    digest = leaf_digest(f"hivetrain-codec/1\n{run_id}\n{round_number}\n{hotkey}".encode())
+    digest = hashlib.sha256(f"hivetrain-codec/1\n{run_id}\n{round_number}\n{hotkey}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.codecs import Bytes, require_size
 from hivetrain.averaging.transport import FRAME_LENGTH_BYTES, MAX_FRAME_BYTES, LinkLost, Traffic
 from hivetrain.errors import Fault, PeerFault
 
@@ -44,8 +44,8 @@ class Wrapping(Protocol):
         """Write ``record``, wrapped, to ``out``; ``header`` is its frame's length as it travels."""
         ...
 
-    def unwrap(self, wrapped: memoryview, header: bytes) -> bytes:
-        """The record.
+    def unwrap(self, wrapped: memoryview, header: bytes, out: memoryview) -> None:
+        """Write the record to ``out``.
 
         Raises:
             NotSealed: it is not the one that comes next.
@@ -61,8 +61,8 @@ class Clear:
     def wrap(self, record: Bytes, header: bytes, out: memoryview) -> None:
         out[:] = record
 
-    def unwrap(self, wrapped: memoryview, header: bytes) -> bytes:
-        return bytes(wrapped)
+    def unwrap(self, wrapped: memoryview, header: bytes, out: memoryview) -> None:
+        out[:] = wrapped
 
 
 class FrameStream:
@@ -110,7 +110,8 @@ class FrameStream:
         self._filled = 0
         self._size: int | None = None
         self._in_header = b""
-        self._records: list[bytes] = []
+        self._frame = _EMPTY
+        self._opened = 0
         self._received_long = False
 
     @property
@@ -173,34 +174,51 @@ class FrameStream:
     # Receiving
 
     async def receive(self, max_bytes: int) -> bytes:
+        size = await self._next_size()
+        if size > min(max_bytes, MAX_FRAME_BYTES):
+            raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
+        frame = bytearray(size)
+        await self._read_frame(memoryview(frame))
+        return bytes(frame)
+
+    async def receive_into(self, buffer: memoryview) -> None:
+        require_size(await self._next_size(), len(buffer), "a frame")
+        try:
+            await self._read_frame(buffer)
+        except asyncio.CancelledError:
+            self._frame = memoryview(bytes(buffer[: self._opened]))  # the caller's buffer is its own again
+            raise
+
+    async def _next_size(self) -> int:
+        """Bytes of the frame that comes, or is on its way."""
         if self._received_long:
             self._received_long = False
             await asyncio.sleep(0)
         if self._size is None:
             await self._fill(FRAME_LENGTH_BYTES)
             self._in_header = bytes(self._in[:FRAME_LENGTH_BYTES])
-            self._size, self._filled, self._records = int.from_bytes(self._in_header, "big"), 0, []
-        size = self._size
-        if size > min(max_bytes, MAX_FRAME_BYTES):
-            raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
-        opened = RECORD_BYTES * len(self._records)
+            self._size, self._filled = int.from_bytes(self._in_header, "big"), 0
+        return self._size
+
+    async def _read_frame(self, target: memoryview) -> None:
+        """Open record after record of the frame into ``target``, beginning with what a cancelled call had opened."""
+        size = len(target)
+        target[: self._opened], self._frame = self._frame[: self._opened], target
         while True:
-            wrapped_bytes = min(size - opened, RECORD_BYTES) + self._incoming.overhead
+            stop = min(size, self._opened + RECORD_BYTES)
+            wrapped_bytes = stop - self._opened + self._incoming.overhead
             await self._fill(wrapped_bytes)
+            wrapped = memoryview(self._in)[:wrapped_bytes]
             try:
-                record = self._incoming.unwrap(memoryview(self._in)[:wrapped_bytes], self._in_header)
+                self._incoming.unwrap(wrapped, self._in_header, target[self._opened : stop])
             except NotSealed:
                 raise self._lost("with bytes that its peer did not seal") from None
-            self._filled = 0
-            self._records.append(record)
-            opened += len(record)
-            if opened == size:
+            self._filled, self._opened = 0, stop
+            if stop == size:
                 break
-        frame = self._records[0] if len(self._records) == 1 else b"".join(self._records)
-        self._size, self._records = None, []
+        self._size, self._opened, self._frame = None, 0, _EMPTY
         self._traffic.bytes_received += size
         self._received_long = size >= LONG_FRAME_BYTES
-        return frame
 
     async def _fill(self, num_bytes: int) -> None:
         """Until so many bytes of the next header or record are in the buffer."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from hivetrain.averaging.codecs import Bytes, Codec, get_codec, require_size
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.run import CHUNK_ELEMENTS
-from hivetrain.verification.merkle import leaf_digest
+from hivetrain.verification.merkle import leaf_digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ class PayloadLayout:
             position += span.num_elements
         if position != values.numel():
             raise ValueError(f"chunks [{start}, {stop}) hold {position} values, got {values.numel()}")
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def decode_chunks(self, data: Bytes, start: int, stop: int) -> Tensor:
         """Values of chunks ``[start, stop)``: float32, shape [n].
@@ -200,9 +200,8 @@ class PayloadLayout:
         view = memoryview(payload)
         digests: list[bytes] = []
         for span in self.spans(start, stop):
-            whole = span.codec.encoded_size(CHUNK_ELEMENTS)
             size = span.codec.encoded_size(span.num_elements)
-            digests.extend(leaf_digest(view[i : min(i + whole, size)]) for i in range(0, size, whole))
+            digests += leaf_digests(view[:size], span.codec.encoded_size(CHUNK_ELEMENTS))
             view = view[size:]
         return digests
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hivetrain.averaging.clock import Patience, Signal
-from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.codecs import Bytes, require_size
 from hivetrain.averaging.group import GroupPlan, Part
 from hivetrain.averaging.messages import MeanBatch, Refusal, Result, receive
 from hivetrain.averaging.outcome import Link
@@ -61,23 +61,23 @@ class Mean:
             self._tree = MerkleTree(self._digests)
         return self._tree
 
-    def size_of(self, batch: tuple[int, int]) -> int:
-        """Encoded bytes of a batch."""
-        return self._layout.range_bytes(*batch)
-
     def has(self, index: int) -> bool:
         """Whether batch ``index`` is here; past the last one, the result."""
         return index < len(self.masks) or (index == len(self.batches) and self.result is not None)
 
-    def add(self, mask: bytes, data: Bytes) -> None:
-        """Keep the next batch.
+    def add(self, mask: bytes, data: Bytes | None = None) -> None:
+        """Keep the next batch: ``data``, or what was written to its `view`.
 
         Raises:
             PeerFault: TRUNCATED or OVERSIZED.
         """
         start, stop = self.batches[len(self.masks)]
-        self._digests += self._layout.chunk_digests(data, start, stop)
-        fault = self._store.put(start, stop, data, self._bound)
+        view = self._store.view(start, stop)
+        if data is not None:
+            require_size(len(data), len(view), f"chunks [{start}, {stop})")
+            view[:] = data
+        self._digests += self._layout.chunk_digests(view, start, stop)
+        fault = self._store.take_in(start, stop, self._bound)
         self.unfit = self.unfit or fault
         self.masks.append(mask)
         self.grown.notify()
@@ -162,7 +162,7 @@ async def receive_mean(
         PeerFault: TRUNCATED, OVERSIZED or MALFORMED.
         Refused: it will not come.
     """
-    while (batch := mean.next_batch) is not None:
+    while mean.next_batch is not None:
         header = await receive(stream, MeanBatch, Refusal)
         if isinstance(header, Refusal):
             raise Refused(header)
@@ -170,10 +170,11 @@ async def receive_mean(
             raise Refused(Refusal(fault=STALE, detail=f"it began as of rank {mean.rank}, now it is {header.rank}"))
         mean.rank = header.rank
         began = now()
-        data = await stream.receive(mean.size_of(batch))
+        data = mean.view(len(mean.masks))
+        await stream.receive_into(data)
         link.seconds += now() - began
         link.bytes_received += len(data)
-        mean.add(header.included, data)
+        mean.add(header.included)
         progress()
     answer = await receive(stream, Result, Refusal)
     if isinstance(answer, Refusal):

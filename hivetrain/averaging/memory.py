@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.codecs import Bytes, require_size
 from hivetrain.averaging.transport import Acceptor, LinkLost, Stream
 from hivetrain.errors import Fault, PeerFault
 
@@ -168,6 +168,11 @@ class MemoryStream:
         if len(frame) > max_bytes:
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, got {len(frame)}")
         return frame
+
+    async def receive_into(self, buffer: memoryview) -> None:
+        frame = await self.receive(len(buffer))
+        require_size(len(frame), len(buffer), "a frame")
+        buffer[:] = frame
 
     async def close(self) -> None:
         if self._closed:

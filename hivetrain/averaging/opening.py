@@ -133,6 +133,7 @@ class Opener:
         state, clock, plan, part = self._state, self._state.clock, self._state.plan, holding.part
         mean, pause, grace_s = Mean(plan, state.store, part), FIRST_PAUSE_S, min(RECONNECT_GRACE_S, plan.patience_s)
         missed_at, connect_s, met = clock.awake(), grace_s if rank else plan.patience_s, False
+        self._peers.expect(reducer.hotkey)
         try:
             async with clock.patience((4 if rank else 2) * plan.patience_s, until) as patience:
                 while True:
@@ -142,10 +143,15 @@ class Opener:
                         if not met:
                             met = True
                             patience.feed()
+                        kept = False
                         try:
-                            return await self._exchange(stream, holding, mean, rank, reducer, patience)
+                            kept = await self._exchange(stream, holding, mean, rank, reducer, patience)
+                            return mean
                         finally:
-                            await state.disconnect(stream)
+                            if kept:
+                                await self._peers.adopt(reducer.hotkey, stream)
+                            else:
+                                await state.disconnect(stream)
                             missed_at, connect_s = clock.awake(), grace_s
                     except LinkLost as lost:
                         story = lost.detail
@@ -164,10 +170,13 @@ class Opener:
         except PeerFault as found:
             state.blame(reducer.hotkey, found.fault, found.detail, part.index)
             raise GaveUp(str(found), None) from found
+        finally:
+            self._peers.disown(reducer.hotkey)
 
     async def _exchange(
         self, stream: Stream, holding: Holding, mean: Mean, rank: int, reducer: Member, patience: Patience
-    ) -> Mean:
+    ) -> bool:
+        """Fill ``mean``. Returns whether the stream is free for other questions: its reducer read all that we sent."""
         clock = self._state.clock
 
         def progress() -> None:
@@ -177,15 +186,16 @@ class Opener:
         sending = asyncio.create_task(self._deliver(stream, mean.part, rank, len(mean.masks), reducer))
         try:
             result = await receive_mean(stream, mean, self._state.link(reducer), progress, clock.now)
+            delivered = sending.done() and sending.result()
         finally:
             sending.cancel()
             await asyncio.wait({sending})
         self._signed.certify(mean, result, reducer)
         mean.finish(result)
-        return mean
+        return delivered and mean.rank == rank and self._includes_us(mean)
 
-    async def _deliver(self, stream: Stream, part: Part, rank: int, first: int, reducer: Member) -> None:
-        """Our header, and our chunks of the part, each batch with its proof. A stream that breaks ends it quietly."""
+    async def _deliver(self, stream: Stream, part: Part, rank: int, first: int, reducer: Member) -> bool:
+        """Our header, and our chunks of the part, each batch with its proof. Returns whether the stream took it all."""
         state, layout = self._state, self._state.plan.layout
         link = state.link(reducer)
         num_chunks = part.stop - part.start if state.member.sends else 0
@@ -193,18 +203,20 @@ class Opener:
             header = Contribution(part=part.index, rank=rank, first=first, num_chunks=num_chunks)
             await stream.send(header.to_bytes())
             if state.tree is None or state.payload is None:
-                return
+                return True
             view = memoryview(state.payload)
             for start, stop in state.plan.batches(part)[first:]:
                 await stream.send(Batch(start=start, stop=stop, proof=state.tree.range_proof(start, stop)).to_bytes())
                 data = view[layout.byte_offset(start) : layout.byte_offset(stop)]
                 await stream.send(data)
                 link.bytes_sent += len(data)
+            return True
         except LinkLost as lost:
             logger.debug("the vector for part %d was not all taken: %s", part.index, lost.detail)
         except Exception as exc:  # a bug of ours: the round must end with it, not hang on it
             if not state.crash.done():
                 state.crash.set_exception(exc)
+        return False
 
 
 async def _unless(holding: Holding, work: Coroutine[Any, Any, Mean]) -> Mean:

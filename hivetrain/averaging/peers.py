@@ -7,6 +7,7 @@ question.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ASK_TIMEOUT_S = 5.0
+ADOPTION_S = 0.5  # what waiting for a stream that is in use may take, to save another's handshake
 
 Opening = tuple[Batch, Bytes]
 """A sender's own chunks, as they came: not checked."""
@@ -51,6 +53,7 @@ class Peers:
         self._state = state
         self._signed = signed
         self._streams: dict[str, Stream] = {}
+        self._expected: dict[str, asyncio.Event] = {}
         self._turns: dict[str, asyncio.Lock] = {m.hotkey: asyncio.Lock() for m in state.others}
         self._warnings: set[asyncio.Task[None]] = set()
         self.silent: set[str] = set()
@@ -71,8 +74,13 @@ class Peers:
             until = state.clock.deadline
             try:
                 async with state.clock.patience(timeout_s, until):
-                    if hotkey not in self._streams:
-                        self._streams[hotkey] = await state.connect(peer, until)
+                    await self._until_adopted(hotkey)
+                    if hotkey in self._streams:
+                        try:
+                            return await talk(self._streams[hotkey])
+                        except LinkLost:  # an older one may have ended long ago
+                            await self._drop(hotkey)
+                    self._streams[hotkey] = await state.connect(peer, until)
                     return await talk(self._streams[hotkey])
             except TimeoutError as exc:
                 self.silent.add(hotkey)
@@ -88,6 +96,30 @@ class Peers:
             except BaseException:
                 await self._drop(hotkey)
                 raise
+
+    async def _until_adopted(self, hotkey: str) -> None:
+        """Until the stream that is on its way to us, if one is, is ours; not for long: its work may take long."""
+        if hotkey not in self._streams and hotkey in self._expected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ADOPTION_S):
+                    await self._expected[hotkey].wait()
+
+    def expect(self, hotkey: str) -> None:
+        """A stream to that member is in use, and may become ours: `adopt` or `disown` follows."""
+        self._expected.setdefault(hotkey, asyncio.Event())
+
+    async def adopt(self, hotkey: str, stream: Stream) -> None:
+        """Ask on this stream from now on, on which nothing is under way in either direction."""
+        if hotkey in self._streams:
+            await self._state.disconnect(stream)
+        else:
+            self._streams[hotkey] = stream
+        self.disown(hotkey)
+
+    def disown(self, hotkey: str) -> None:
+        """Expect no stream any more."""
+        if (expected := self._expected.pop(hotkey, None)) is not None:
+            expected.set()
 
     async def _drop(self, hotkey: str) -> None:
         stream = self._streams.pop(hotkey, None)

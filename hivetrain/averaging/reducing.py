@@ -69,14 +69,13 @@ def reduce_chunks(
     Sections are joined apart: in a norm over both, second moments would vanish beside the pseudo-gradient.
     """
     combine = get_mean(plan.mean)
-    pieces, position = [], 0
+    mean, position = np.empty(len(vectors[0]), dtype=np.float32), 0
     for first, end in plan.blocks(start, stop):
         for span in plan.layout.spans(first, end):
             edge = position + span.num_elements
-            pieces.append(combine([vector[position:edge] for vector in vectors], weights))
+            mean[position:edge] = combine([vector[position:edge] for vector in vectors], weights).numpy()
             position = edge
-    mean = pieces[0] if len(pieces) == 1 else torch.from_numpy(np.concatenate([piece.numpy() for piece in pieces]))
-    return plan.layout.encode_chunks(mean, start, stop, seed)
+    return plan.layout.encode_chunks(torch.from_numpy(mean), start, stop, seed)
 
 
 def rounding_seed(group_id: str) -> int:

@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, member: Member, status: Status = Status.AWAITED) -> None:
         self.member = member
         self.status = status
-        self.inbox: deque[Tensor] = deque()
+        self.inbox: deque[tuple[Tensor, bytearray | None]] = deque()  # values, and the memory that they may share
         self.delivered = 0  # batches, those already averaged included
         self.lost_at: float | None = None  # by `Clock.awake`
         self.size_bytes, self.seconds = 0, 0.0  # read, and waited for
@@ -71,6 +71,8 @@ class Reduction:
         self._arrived = Signal()
         self.ended = asyncio.Event()
         self.mean = Mean(state.plan, state.store, part, rank)
+        self._batch_bytes = max(self._layout.range_bytes(*batch) for batch in self.mean.batches)
+        self._spare: list[bytearray] = []  # used before: fresh pages would cost as much as what is done with them
         members = [m for m in state.plan.members if m.sends]
         self._senders = {m.hotkey: Sender(m, Status.AWAITED if m.hotkey in expected else Status.OUT) for m in members}
 
@@ -104,10 +106,11 @@ class Reduction:
             if not present:
                 self.mean.fail("nobody's vector is in")
                 raise GaveUp("nobody's vector is in", None)
-            vectors = [sender.inbox.popleft() for sender in present]
-            weights = [sender.member.weight for sender in present]
+            taken = [sender.inbox.popleft() for sender in present]
+            vectors, weights = [vector for vector, _ in taken], [sender.member.weight for sender in present]
             data = reduce_chunks(state.plan, start, stop, vectors, weights, seed)
-            del vectors
+            self._spare += [buffer for _, buffer in taken if buffer is not None]
+            del taken, vectors
             hotkeys = {sender.member.hotkey for sender in present}
             self.mean.add(pack_mask([m.hotkey in hotkeys for m in state.plan.members]), data)
             await asyncio.sleep(0)
@@ -179,7 +182,7 @@ class Reduction:
         start, stop = self.mean.batches[index]
         data = memoryview(state.payload)[self._layout.byte_offset(start) : self._layout.byte_offset(stop)]
         try:
-            sender.inbox.append(decode_sane(state.plan, start, stop, data))
+            sender.inbox.append((decode_sane(state.plan, start, stop, data), None))
             sender.delivered = index + 1
         except PeerFault as fault:
             self._put_out(sender, fault)
@@ -206,6 +209,10 @@ class Reduction:
             raise PeerFault(Fault.MALFORMED, f"it goes on at batch {first}, {sender.delivered} have come")
         sender.status = Status.SENDING
         return sender
+
+    def has_all_of(self, sender: Sender) -> bool:
+        """Whether every batch of it is here: then whoever reads them ends by itself."""
+        return sender.delivered == len(self.mean.batches)
 
     async def read(self, stream: Stream, sender: Sender, first: int) -> None:
         """Take the sender's batches as they come, until all are here or it is out.
@@ -237,7 +244,9 @@ class Reduction:
         header = await receive(stream, Batch)
         if (header.start, header.stop) != due:
             raise PeerFault(Fault.MALFORMED, f"expected chunks {due}, got {(header.start, header.stop)}")
-        data = await stream.receive(self._layout.range_bytes(*due))
+        buffer = self._spare.pop() if self._spare else bytearray(self._batch_bytes)
+        data = memoryview(buffer)[: self._layout.range_bytes(*due)]
+        await stream.receive_into(data)
         seconds = clock.now() - began
         link.seconds += seconds
         link.bytes_received += len(data)
@@ -246,7 +255,7 @@ class Reduction:
         self._require_rate(sender)
         if sender.status is not Status.SENDING or index < sender.delivered:
             return
-        sender.inbox.append(decode_committed(self._state.plan, sender.member, header, data))
+        sender.inbox.append((decode_committed(self._state.plan, sender.member, header, data), buffer))
         sender.delivered += 1
         self._arrived.notify()
 

@@ -71,9 +71,9 @@ class Sealer:
     def wrap(self, record: Bytes, header: bytes, out: memoryview) -> None:
         self._aead.encrypt_into(self._nonce(), record, header, out)
 
-    def unwrap(self, wrapped: memoryview, header: bytes) -> bytes:
+    def unwrap(self, wrapped: memoryview, header: bytes, out: memoryview) -> None:
         try:
-            return self._aead.decrypt(self._nonce(), wrapped, header)
+            self._aead.decrypt_into(self._nonce(), wrapped, header, out)
         except InvalidTag:
             raise NotSealed from None
 

@@ -26,6 +26,7 @@ from hivetrain.averaging.messages import (
 )
 from hivetrain.averaging.peers import Peers
 from hivetrain.averaging.proofs import MAX_EVIDENCE_BYTES
+from hivetrain.averaging.reduction import Status
 from hivetrain.averaging.signed import Signed
 from hivetrain.averaging.state import GaveUp, Holding, RoundState
 from hivetrain.averaging.transport import LinkLost, Stream
@@ -148,13 +149,15 @@ class Server:
             raise PeerFault(Fault.MALFORMED, f"part {part.index} has {len(plan.batches(part))} batches")
         with state.served():
             await self._until_our_turn(holding, member, request.rank)
+            read_all = False
             try:
-                await self._exchange(stream, member, holding, request)
+                read_all = await self._exchange(stream, member, holding, request)
             except LinkLost:
                 raise
             except PeerFault as fault:
                 await stream.send(Refusal(fault=fault.fault.value, detail=fault.detail[:500]).to_bytes())
-        await self._let_close(stream)
+        if not read_all:
+            await self._let_close(stream)
 
     async def _until_our_turn(self, holding: Holding, member: Member, rank: int) -> None:
         """Until we hold the part, reduce it, or gave up doing so."""
@@ -165,7 +168,8 @@ class Server:
         finally:
             holding.parked.discard(member.hotkey)
 
-    async def _exchange(self, stream: Stream, member: Member, holding: Holding, request: Contribution) -> None:
+    async def _exchange(self, stream: Stream, member: Member, holding: Holding, request: Contribution) -> bool:
+        """Take a member's vector and give it the mean. Returns whether all was read that it has sent for it."""
         state, reduction, link = self._state, holding.reduction, self._state.link(member)
         async with state.clock.patience(state.plan.patience_s, state.clock.confirm_close) as patience:
             mean = holding.mean or (reduction.mean if reduction is not None else None)
@@ -176,14 +180,16 @@ class Server:
                 sender = reduction.admit(member, request.first)
             if reduction is None or sender is None:
                 await send_mean(stream, mean, link, patience, request.first)
-                return
+                return not member.sends
             reader = asyncio.create_task(reduction.read(stream, sender, request.first))
             reader.add_done_callback(self._reader_ended)
             try:
                 await send_mean(stream, reduction.mean, link, patience, request.first, lambda: sender.refusal)
             finally:
-                reader.cancel()
+                if not reduction.has_all_of(sender):
+                    reader.cancel()
                 await asyncio.wait({reader})
+            return sender.status is Status.IN
 
     def _reader_ended(self, reader: asyncio.Task[None]) -> None:
         if not reader.cancelled() and (bug := reader.exception()) is not None:

@@ -19,7 +19,7 @@ from hivetrain.errors import PeerFault
 
 
 class MeanStore:
-    """The mean of a whole payload, encoded and as vectors; zero where nothing was put.
+    """The mean of a whole payload, encoded and as vectors: anything, until chunks are put or cleared.
 
     Args:
         memory: to use, ``layout.size_bytes`` long; kept by the caller, it saves fresh pages: a third of a round's CPU
@@ -36,9 +36,7 @@ class MeanStore:
         if memory is None:
             self._buffer = np.zeros(layout.size_bytes, dtype=np.uint8).data  # untouched pages take no memory
         else:
-            kept = np.frombuffer(memory, dtype=np.uint8)
-            kept[:] = 0
-            self._buffer = kept.data
+            self._buffer = np.frombuffer(memory, dtype=np.uint8).data
         self._vectors: dict[str, Tensor] = {}
         self._in_place: set[str] = set()
         first = [0]
@@ -65,6 +63,11 @@ class MeanStore:
     def put(self, start: int, stop: int, data: Bytes, max_abs: float) -> PeerFault | None:
         """Keep the encoded mean of chunks ``[start, stop)``. Returns what is wrong with its values."""
         self.view(start, stop)[:] = data
+        return self.take_in(start, stop, max_abs)
+
+    def take_in(self, start: int, stop: int, max_abs: float) -> PeerFault | None:
+        """Decode what was written to ``view(start, stop)``. Returns what is wrong with its values."""
+        data = self.view(start, stop)
         fault: PeerFault | None = None
         position = 0
         for span in self._layout.spans(start, stop):
@@ -72,7 +75,7 @@ class MeanStore:
             target = self._vectors[span.section.name][span.start : span.stop]
             try:
                 if span.section.name not in self._in_place:
-                    values = span.codec.decode(memoryview(data)[position : position + size], span.num_elements)
+                    values = span.codec.decode(data[position : position + size], span.num_elements)
                     target.numpy()[:] = values.numpy()
                 require_sane(target, max_abs)
             except PeerFault as found:

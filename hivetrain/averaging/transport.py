@@ -59,6 +59,15 @@ class Stream(Protocol):
         """
         ...
 
+    async def receive_into(self, buffer: memoryview) -> None:
+        """The next frame, which has as many bytes as ``buffer``. After an error the buffer holds anything.
+
+        Raises:
+            LinkLost: the stream ended.
+            PeerFault: TRUNCATED or OVERSIZED: a frame of another length was announced.
+        """
+        ...
+
     async def close(self) -> None:
         """End the stream; what was sent before still arrives. Never raises, may be called twice."""
         ...

@@ -1,27 +1,34 @@
-"""A sha256 Merkle tree over ordered leaves, with proofs for contiguous ranges: no network, no clock.
+"""A BLAKE3 Merkle tree over ordered leaves, with proofs for contiguous ranges: no network, no clock.
 
-Leaves, inner nodes and the root are hashed under tags of their own (0x00, 0x01, 0x02), so none can be passed off
-as another. An odd last node is promoted, never duplicated (a duplicated one lets two leaf lists share a root,
-CVE-2012-2459). The root also binds the number of leaves, without which trees of 3 and 4 leaves share proofs.
+Leaves, inner nodes and the root are hashed under keys of their own, so none can be passed off as another. An odd last
+node is promoted, never duplicated (a duplicated one lets two leaf lists share a root, CVE-2012-2459). The root also
+binds the number of leaves, without which trees of 3 and 4 leaves share proofs.
 
-Source: RFC 9162, section 2.1 (the tags of leaf and node).
+BLAKE3 because every byte of an all-reduce is hashed about twice: 16 KiB at a time it is three to four times as fast as
+sha256 in hardware.
+
+Sources: RFC 9162, section 2.1 (leaf and node apart); the BLAKE3 paper, section 2 (keyed mode).
 Sizes: every digest is 32 raw bytes; a range proof holds at most two digests per level.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
+from blake3 import blake3
+
 DIGEST_BYTES = 32
-_LEAF, _NODE, _ROOT = b"\x00", b"\x01", b"\x02"
+_LEAF, _NODE, _ROOT = (f"hivetrain-merkle/1 {kind}".encode().ljust(32, b"\0") for kind in ("leaf", "node", "root"))
 
 
 def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
     """The digest under which ``data`` is a leaf."""
-    digest = hashlib.sha256(_LEAF)
-    digest.update(data)
-    return digest.digest()
+    return blake3(data, key=_LEAF).digest()
+
+
+def leaf_digests(data: memoryview, leaf_bytes: int) -> list[bytes]:
+    """The digests of ``data`` cut into leaves of ``leaf_bytes``; the last one may be shorter."""
+    return [blake3(data[at : at + leaf_bytes], key=_LEAF).digest() for at in range(0, len(data), leaf_bytes)]
 
 
 class MerkleTree:
@@ -94,11 +101,11 @@ def verify_range(
 
 
 def _parents(nodes: Sequence[bytes]) -> list[bytes]:
-    parents = [hashlib.sha256(_NODE + nodes[i] + nodes[i + 1]).digest() for i in range(0, len(nodes) - 1, 2)]
+    parents = [blake3(nodes[i] + nodes[i + 1], key=_NODE).digest() for i in range(0, len(nodes) - 1, 2)]
     if len(nodes) % 2:
         parents.append(nodes[-1])
     return parents
 
 
 def _root(num_leaves: int, top: bytes) -> bytes:
-    return hashlib.sha256(_ROOT + num_leaves.to_bytes(8, "big") + top).digest()
+    return blake3(num_leaves.to_bytes(8, "big") + top, key=_ROOT).digest()

@@ -31,7 +31,7 @@ from hivetrain.errors import Fault, PeerFault
 from hivetrain.manifest import Manifest
 from hivetrain.model.vector import little_endian
 from hivetrain.run import CHUNK_ELEMENTS
-from hivetrain.verification.merkle import DIGEST_BYTES, MerkleTree, leaf_digest
+from hivetrain.verification.merkle import DIGEST_BYTES, MerkleTree, leaf_digests
 from hivetrain.verification.receipt import NO_REMAINDER, Receipt
 
 _CHUNK_BYTES = 4 * CHUNK_ELEMENTS
@@ -71,7 +71,7 @@ def to_bytes(values: Tensor) -> bytes:
 def chunk_leaves(raw: Bytes) -> list[bytes]:
     """Merkle leaf digests of the chunks of `to_bytes`."""
     view = memoryview(raw)
-    return [leaf_digest(view[at : at + _CHUNK_BYTES]) for at in range(0, len(view), _CHUNK_BYTES)]
+    return leaf_digests(view, _CHUNK_BYTES)
 
 
 def root_of(leaves: Sequence[bytes]) -> str:

@@ -66,7 +66,7 @@ def test_means_come_home_while_vectors_still_go_out(monkeypatch: pytest.MonkeyPa
     sent: dict[int, int] = {}
     real_add, real_read = Mean.add, reduction.Reduction._read_batch
 
-    def add(self: Mean, mask: bytes, data: bytes) -> None:
+    def add(self: Mean, mask: bytes, data: bytes | None = None) -> None:
         seen.append((len(self.masks), max(sent.values(), default=0)))
         real_add(self, mask, data)
 

@@ -151,7 +151,9 @@ def test_a_replayed_request_is_refused_and_the_next_one_is_served() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "status"), [(None, 401), (STRANGER, 403), (OTHER_MINER, 403), (VALIDATOR, 422)], ids=str
+    ("key", "status"),
+    [(None, 401), (STRANGER, 403), (OTHER_MINER, 403), (VALIDATOR, 422)],
+    ids=["nobody", "stranger", "miner", "validator"],
 )
 def test_only_a_permitted_caller_has_its_garbage_parsed(key, status) -> None:
     async def scenario() -> None:

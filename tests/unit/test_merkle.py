@@ -1,44 +1,49 @@
 from __future__ import annotations
 
-import hashlib
-
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
+from hivetrain.verification.merkle import MerkleTree, leaf_digest, leaf_digests, verify_range
 
 
-def sha(*parts: bytes) -> bytes:
-    return hashlib.sha256(b"".join(parts)).digest()
+def tagged(kind: str, *parts: bytes) -> bytes:
+    key = b"hivetrain-merkle/1 " + kind.encode()
+    return blake3(b"".join(parts), key=key + bytes(32 - len(key))).digest()
 
 
 def leaves(count: int) -> list[bytes]:
     return [leaf_digest(bytes([i])) for i in range(count)]
 
 
-def test_leaf_is_hashed_under_its_own_tag() -> None:
-    assert leaf_digest(b"abc") == sha(b"\x00abc")
-    assert leaf_digest(memoryview(b"abc")) == sha(b"\x00abc")
+def test_leaf_is_hashed_under_its_own_key() -> None:
+    assert leaf_digest(b"abc") == tagged("leaf", b"abc")
+    assert leaf_digest(memoryview(b"abc")) == tagged("leaf", b"abc")
+
+
+def test_leaves_are_cut_evenly_and_the_last_one_may_be_shorter() -> None:
+    assert leaf_digests(memoryview(b"abcde"), 2) == [leaf_digest(piece) for piece in (b"ab", b"cd", b"e")]
+    assert leaf_digests(memoryview(b"abcd"), 2) == [leaf_digest(piece) for piece in (b"ab", b"cd")]
 
 
 def test_root_of_one_leaf_by_hand() -> None:
     (leaf,) = leaves(1)
-    assert MerkleTree([leaf]).root == sha(b"\x02", (1).to_bytes(8, "big"), leaf)
+    assert MerkleTree([leaf]).root == tagged("root", (1).to_bytes(8, "big"), leaf)
 
 
 def test_root_of_three_leaves_promotes_the_odd_one() -> None:
     a, b, c = leaves(3)
-    top = sha(b"\x01", sha(b"\x01", a, b), c)
-    assert MerkleTree([a, b, c]).root == sha(b"\x02", (3).to_bytes(8, "big"), top)
+    top = tagged("node", tagged("node", a, b), c)
+    assert MerkleTree([a, b, c]).root == tagged("root", (3).to_bytes(8, "big"), top)
 
 
 def test_root_of_five_leaves_as_a_golden_vector() -> None:
     a, b, c, d, e = leaves(5)
-    top = sha(b"\x01", sha(b"\x01", sha(b"\x01", a, b), sha(b"\x01", c, d)), e)
+    top = tagged("node", tagged("node", tagged("node", a, b), tagged("node", c, d)), e)
     root = MerkleTree([a, b, c, d, e]).root
-    assert root == sha(b"\x02", (5).to_bytes(8, "big"), top)
-    assert root.hex() == "f86be58f095ecb9403940ded65ffd1c5b90a2250e6759a86cfc24d7da53308ad"
+    assert root == tagged("root", (5).to_bytes(8, "big"), top)
+    assert root.hex() == "ab501690398654750767ac8a590bff7ad723dc7805942a02107c8cd1a7fa85a7"
 
 
 def test_proof_of_a_range_holds_left_before_right_from_the_leaves_up() -> None:
@@ -46,7 +51,7 @@ def test_proof_of_a_range_holds_left_before_right_from_the_leaves_up() -> None:
     tree = MerkleTree([a, b, c, d, e])
     assert tree.range_proof(1, 3) == [a, d, e]
     assert tree.range_proof(0, 5) == []
-    assert tree.range_proof(4, 5) == [sha(b"\x01", sha(b"\x01", a, b), sha(b"\x01", c, d))]
+    assert tree.range_proof(4, 5) == [tagged("node", tagged("node", a, b), tagged("node", c, d))]
 
 
 @pytest.mark.parametrize("count", [*range(1, 18), 33, 64, 65])
@@ -130,5 +135,5 @@ def test_every_mutation_is_refused(
 def test_a_node_cannot_be_shown_as_a_leaf() -> None:
     a, b, c, d = leaves(4)
     tree = MerkleTree([a, b, c, d])
-    left, right = sha(b"\x01", a, b), sha(b"\x01", c, d)
+    left, right = tagged("node", a, b), tagged("node", c, d)
     assert not verify_range(tree.root, 2, 0, [left, right], [])

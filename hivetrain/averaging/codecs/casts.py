@@ -6,6 +6,8 @@ gradients vanish in it.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,4 +39,7 @@ class Cast:
 
     def decode(self, data: Bytes, num_elements: int) -> Tensor:
         require_size(len(data), self.encoded_size(num_elements), f"{num_elements} values in {self.name}")
-        return torch.from_numpy(np.frombuffer(data, dtype=self._wire).astype(np.float32))
+        found = np.frombuffer(data, dtype=self._wire)
+        if self.lossless and found.flags.writeable and sys.byteorder == "little":
+            return torch.from_numpy(found)
+        return torch.from_numpy(found.astype(np.float32))
