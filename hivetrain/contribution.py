@@ -36,6 +36,7 @@ class Contribution:
     Attributes:
         receipt: signed.
         payload: encoded chunks, as the all-reduce carries them.
+        tree: over them.
         snapshots: what a challenge may open.
         remainder: what it opens beside the last of them; None where none was used.
         carried: what error feedback keeps for the next round, [P]; None without it.
@@ -43,6 +44,7 @@ class Contribution:
 
     receipt: Receipt
     payload: bytes
+    tree: MerkleTree
     snapshots: SnapshotTree
     remainder: RemainderBytes | None = None
     carried: Tensor | None = None
@@ -109,6 +111,7 @@ def build_contribution(
     """
     seed = codec_seed(parts.run_id, round_number, identity.hotkey)
     encoded = encode_payload(parts, start, work.snapshots[-1], seed, remainder.values if remainder else None)
+    tree = MerkleTree(parts.layout.chunk_digests(encoded.payload))
     snapshots = SnapshotTree([encode_snapshot(snapshot) for snapshot in work.snapshots])
     steps = [step_record(step, data.samples(step), loss) for step, loss in enumerate(work.losses)]
     receipt = Receipt(
@@ -129,7 +132,7 @@ def build_contribution(
         steps_root=MerkleTree([leaf_digest(record) for record in steps]).root.hex(),
         snapshots_root=snapshots.root,
         num_snapshots=len(snapshots.snapshots),
-        payload_root=MerkleTree(parts.layout.chunk_digests(encoded.payload)).root.hex(),
+        payload_root=tree.root.hex(),
         num_chunks=parts.layout.num_chunks,
         remainder_root=remainder.root if remainder else NO_REMAINDER,
         rest_root=encoded.rest_root,
@@ -138,6 +141,7 @@ def build_contribution(
     return Contribution(
         receipt=sign_receipt(receipt, identity),
         payload=encoded.payload,
+        tree=tree,
         snapshots=snapshots,
         remainder=remainder.opening if remainder else None,
         carried=encoded.carried,

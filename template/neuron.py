@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hivetrain.averaging.group import GroupPlan
+from hivetrain.contribution import Contribution
 from hivetrain.errors import ServiceError
 from hivetrain.manifest import Manifest, Ref
 from hivetrain.progress import Phase, Position, phase_at, phase_window
@@ -60,6 +61,7 @@ class Neuron(Node):
         self.held: Held | None = None
         self.exchanges: list[Exchange] = []  # of this round, in the order of their attempts
         self.anchors: dict[str, tuple[int, Anchor]] = {}  # as `read_anchors` last read them
+        self._mean_memory: bytearray | None = None  # that means land in, kept from exchange to exchange
         self._last_round = -1  # the newest that has begun, here or before we were ready
 
     def start(self) -> None:
@@ -224,26 +226,29 @@ class Neuron(Node):
             return
         mine = next(member for member in task.plan.members if member.hotkey == self.identity.hotkey)
         contribution = self.board.contribution
-        payload = contribution.payload if contribution is not None and mine.weight > 0 else None
+        ours = contribution if mine.weight > 0 else None
         self._say("all-reduce", f"with {len(task.plan.members) - 1} others")
-        done = self.take_part(task.plan, payload)
+        done = self.take_part(task.plan, ours)
         reply = make_reply(task.plan, done)
         self.board.record_outcome(reply)
         if not task.reply.cancelled():
             task.reply.set_result(reply)
         self._say("waiting", "for the next epoch")
 
-    def take_part(self, plan: GroupPlan, payload: bytes | None) -> Participation:
+    def take_part(self, plan: GroupPlan, contribution: Contribution | None) -> Participation:
         """Exchange with the group of ``plan``; the next state is kept until the next round says what was published.
 
         A valid call of a higher attempt ends the exchange.
         """
         assert self.held is not None
+        memory, self._mean_memory = self._mean_memory or bytearray(self.parts.layout.size_bytes), None
         done = take_part(
             plan,
             parts=self.parts,
             state=self.held.state,
-            payload=payload,
+            payload=contribution.payload if contribution is not None else None,
+            tree=contribution.tree if contribution is not None else None,
+            memory=memory,
             identity=self.identity,
             verify=verify,
             network=self.network,
@@ -257,6 +262,7 @@ class Neuron(Node):
             self.exchanges.append(Exchange(plan=plan, done=done, ended_at=self.blocks.block))
             self.exchanged(self.exchanges[-1])
         if done.outcome is not None:
+            self._mean_memory = memory  # an exchange that gave way may still be writing to it
             self._log_all_reduce(done)
         return done
 

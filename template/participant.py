@@ -14,6 +14,7 @@ from hivetrain.identity import Identity, Verify
 from hivetrain.manifest import state_message
 from hivetrain.training.outer import outer_step
 from hivetrain.training.state import State, state_hash
+from hivetrain.verification.merkle import MerkleTree
 from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, Parts
 from template.network import GaveUp, NetworkThread
 from template.protocol import AllReduceReply, Link, MemberFault
@@ -55,13 +56,16 @@ def take_part(
     network: NetworkThread,
     transport: Transport,
     give_way: Callable[[], bool] = lambda: False,
+    tree: MerkleTree | None = None,
+    memory: bytearray | None = None,
 ) -> Participation:
     """Exchange with the group, then take the outer step and sign what came out.
 
     Args:
+        tree, memory: see `all_reduce`; the next state is not in ``memory``.
         give_way: asked now and then during the exchange; True ends it, for a higher attempt has begun.
     """
-    work = all_reduce(plan, identity, payload, transport, verify)
+    work = all_reduce(plan, identity, payload, transport, verify, tree, memory)
     try:
         outcome = network.run(work, plan.deadline_s + GRACE_S, give_way)
     except GaveUp:

@@ -33,12 +33,12 @@ PLAN = GroupPlan(
         Member(hotkey=key.hotkey, peer_id=f"p{i}", maddrs=(), weight=weight, reduces=True, root=bytes(32))
         for i, (key, weight) in enumerate(zip(KEYS, (2.0, 3.0, 0.0), strict=True))
     ),
-    layout=PayloadLayout([Section(name="v", num_elements=600 * 4096, codec="fp32")]),
+    layout=PayloadLayout([Section(name="v", num_elements=1200 * 4096, codec="fp32")]),
     send_deadline_s=5.0,
     deadline_s=10.0,
     max_abs=10.0,
 )
-PART = PLAN.parts()[1]  # chunks 200 to 400: batches end at 264, 328, 392 and 400
+PART = PLAN.parts()[1]  # chunks 400 to 800: batches end at 528, 656, 784 and 800
 
 
 def signed(runs: Sequence[tuple[int, bytes]], rank: int = 0, signer: int = 1) -> Result:
@@ -63,37 +63,37 @@ def test_mask_of_another_length_is_refused(packed: bytes, count: int) -> None:
 
 def test_equal_masks_are_joined_into_runs() -> None:
     runs = mask_runs(PLAN.batches(PART), [b"\x03", b"\x03", b"\x01", b"\x01"])
-    assert [(run.stop, run.included) for run in runs] == [(328, b"\x03"), (400, b"\x01")]
+    assert [(run.stop, run.included) for run in runs] == [(656, b"\x03"), (800, b"\x01")]
     result = Result(part=1, rank=0, masks=runs, root=bytes(32), signature=b"")
-    assert mask_at(result, 327, 3) == (True, True, False)
-    assert mask_at(result, 328, 3) == (True, False, False)
-    assert weight_in(result, PLAN, PART) == pytest.approx((128 * 5 + 72 * 2) / 200)
+    assert mask_at(result, 655, 3) == (True, True, False)
+    assert mask_at(result, 656, 3) == (True, False, False)
+    assert weight_in(result, PLAN, PART) == pytest.approx((256 * 5 + 144 * 2) / 400)
 
 
 def test_only_the_reducer_of_the_rank_can_sign() -> None:
-    good = signed([(400, b"\x03")])
+    good = signed([(800, b"\x03")])
     assert is_signed(good, PLAN, PLAN.group_id(), verify)
-    assert is_signed(signed([(400, b"\x03")], rank=1, signer=2), PLAN, PLAN.group_id(), verify)
-    assert not is_signed(signed([(400, b"\x03")], rank=1), PLAN, PLAN.group_id(), verify)
-    assert not is_signed(signed([(400, b"\x03")], rank=3), PLAN, PLAN.group_id(), verify)
+    assert is_signed(signed([(800, b"\x03")], rank=1, signer=2), PLAN, PLAN.group_id(), verify)
+    assert not is_signed(signed([(800, b"\x03")], rank=1), PLAN, PLAN.group_id(), verify)
+    assert not is_signed(signed([(800, b"\x03")], rank=3), PLAN, PLAN.group_id(), verify)
     other = dataclasses.replace(PLAN, attempt=1)
     assert not is_signed(good, other, other.group_id(), verify)
-    for change in ({"part": 0}, {"part": 9}, {"root": bytes([1]) * 32}, {"masks": signed([(400, b"\x01")]).masks}):
+    for change in ({"part": 0}, {"part": 9}, {"root": bytes([1]) * 32}, {"masks": signed([(800, b"\x01")]).masks}):
         assert not is_signed(good.model_copy(update=change), PLAN, PLAN.group_id(), verify)
 
 
 @pytest.mark.parametrize(
     "runs",
     [
-        [(400, b"\x00")],  # nobody
-        [(400, b"\x07")],  # a member that sends nothing
-        [(400, b"\x03\x00")],
-        [(400, b"\x08")],
-        [(264, b"\x03")],  # not all of it
-        [(264, b"\x03"), (464, b"\x03")],
-        [(264, b"\x03"), (264, b"\x01"), (400, b"\x03")],
-        [(328, b"\x03"), (264, b"\x01"), (400, b"\x03")],
-        [(265, b"\x03"), (400, b"\x01")],  # between batches
+        [(800, b"\x00")],  # nobody
+        [(800, b"\x07")],  # a member that sends nothing
+        [(800, b"\x03\x00")],
+        [(800, b"\x08")],
+        [(528, b"\x03")],  # not all of it
+        [(528, b"\x03"), (928, b"\x03")],
+        [(528, b"\x03"), (528, b"\x01"), (800, b"\x03")],
+        [(656, b"\x03"), (528, b"\x01"), (800, b"\x03")],
+        [(529, b"\x03"), (800, b"\x01")],  # between batches
     ],
 )
 def test_masks_that_no_mean_has_are_the_reducers_fault(runs: list[tuple[int, bytes]]) -> None:
@@ -103,4 +103,4 @@ def test_masks_that_no_mean_has_are_the_reducers_fault(runs: list[tuple[int, byt
 
 
 def test_masks_of_a_mean_pass() -> None:
-    require_sound(signed([(264, b"\x03"), (400, b"\x01")]), PLAN, PART)
+    require_sound(signed([(528, b"\x03"), (800, b"\x01")]), PLAN, PART)
