@@ -136,6 +136,7 @@ class Swarm:
 
     async def _start(self, hivemind: Any) -> None:
         began = time.monotonic()
+        asyncio.get_running_loop().set_exception_handler(hush_the_daemons_end)
         try:
             self._p2p = await hivemind.P2P.create(
                 initial_peers=self._initial_peers,
@@ -368,6 +369,20 @@ def _import_hivemind() -> Any:
             warnings.simplefilter("ignore")
             _hivemind = _Hivemind()
     return _hivemind
+
+
+def hush_the_daemons_end(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An event loop's exception handler: that hivemind's reader lost its daemon is no news, `Swarm.alive` tells it.
+
+    Ctrl-C in a terminal ends the daemon before us, and the reader's task would leave a traceback behind.
+    """
+    task, exc = context.get("future"), context.get("exception")
+    coroutine = task.get_coro() if isinstance(task, asyncio.Task) else None
+    reads = getattr(coroutine, "__name__", "") == "_read_from_persistent_conn"
+    if reads and isinstance(exc, ConnectionError):
+        logger.debug("swarm: the connection to our daemon ended: %r", exc)
+    else:
+        loop.default_exception_handler(context)
 
 
 async def _detach(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[socket.socket, bytes]:
