@@ -99,7 +99,7 @@ class Batch(Message):
     kind: Literal["batch"] = "batch"
     start: Index
     stop: Index
-    proof: Annotated[list[Digest], Field(max_length=96)]
+    proof: Annotated[list[Digest], Field(max_length=224)]
 
 
 class MeanBatch(Message):

@@ -32,29 +32,35 @@ def test_root_of_one_leaf_by_hand() -> None:
     assert MerkleTree([leaf]).root == tagged("root", (1).to_bytes(8, "big"), leaf)
 
 
-def test_root_of_three_leaves_promotes_the_odd_one() -> None:
+def test_root_of_three_leaves_is_one_node_of_three() -> None:
     a, b, c = leaves(3)
-    top = tagged("node", tagged("node", a, b), c)
-    assert MerkleTree([a, b, c]).root == tagged("root", (3).to_bytes(8, "big"), top)
+    assert MerkleTree([a, b, c]).root == tagged("root", (3).to_bytes(8, "big"), tagged("node", a, b, c))
 
 
-def test_root_of_five_leaves_as_a_golden_vector() -> None:
-    a, b, c, d, e = leaves(5)
-    top = tagged("node", tagged("node", tagged("node", a, b), tagged("node", c, d)), e)
-    root = MerkleTree([a, b, c, d, e]).root
-    assert root == tagged("root", (5).to_bytes(8, "big"), top)
-    assert root.hex() == "ab501690398654750767ac8a590bff7ad723dc7805942a02107c8cd1a7fa85a7"
+def test_root_of_nine_leaves_promotes_the_last_one() -> None:
+    nine = leaves(9)
+    top = tagged("node", tagged("node", *nine[:8]), nine[8])
+    assert MerkleTree(nine).root == tagged("root", (9).to_bytes(8, "big"), top)
+
+
+def test_root_of_eleven_leaves_as_a_golden_vector() -> None:
+    eleven = leaves(11)
+    top = tagged("node", tagged("node", *eleven[:8]), tagged("node", *eleven[8:]))
+    root = MerkleTree(eleven).root
+    assert root == tagged("root", (11).to_bytes(8, "big"), top)
+    assert root.hex() == "d85d9189b9508497c00bad974a595fb6ca2ffbf6f85beb9253c6791fdf9752f1"
 
 
 def test_proof_of_a_range_holds_left_before_right_from_the_leaves_up() -> None:
-    a, b, c, d, e = leaves(5)
-    tree = MerkleTree([a, b, c, d, e])
-    assert tree.range_proof(1, 3) == [a, d, e]
-    assert tree.range_proof(0, 5) == []
-    assert tree.range_proof(4, 5) == [tagged("node", tagged("node", a, b), tagged("node", c, d))]
+    some = leaves(11)
+    tree = MerkleTree(some)
+    assert tree.range_proof(1, 3) == [some[0], *some[3:8], tagged("node", *some[8:])]
+    assert tree.range_proof(7, 9) == [*some[:7], *some[9:]]
+    assert tree.range_proof(0, 11) == []
+    assert tree.range_proof(8, 11) == [tagged("node", *some[:8])]
 
 
-@pytest.mark.parametrize("count", [*range(1, 18), 33, 64, 65])
+@pytest.mark.parametrize("count", [*range(1, 19), 64, 65, 66, 73])
 def test_every_range_of_every_tree_verifies(count: int) -> None:
     all_leaves = leaves(count)
     tree = MerkleTree(all_leaves)
@@ -84,7 +90,7 @@ def test_two_leaf_lists_that_duplication_would_confuse_have_two_roots() -> None:
 
 @st.composite
 def proofs(draw: st.DrawFn) -> tuple[bytes, int, int, list[bytes], list[bytes]]:
-    count = draw(st.integers(1, 40))
+    count = draw(st.integers(1, 80))
     start = draw(st.integers(0, count - 1))
     stop = draw(st.integers(start + 1, count))
     all_leaves = leaves(count)
@@ -133,7 +139,7 @@ def test_every_mutation_is_refused(
 
 
 def test_a_node_cannot_be_shown_as_a_leaf() -> None:
-    a, b, c, d = leaves(4)
-    tree = MerkleTree([a, b, c, d])
-    left, right = tagged("node", a, b), tagged("node", c, d)
+    some = leaves(16)
+    tree = MerkleTree(some)
+    left, right = tagged("node", *some[:8]), tagged("node", *some[8:])
     assert not verify_range(tree.root, 2, 0, [left, right], [])
