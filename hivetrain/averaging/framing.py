@@ -112,6 +112,7 @@ class FrameStream:
         self._in_header = b""
         self._records: list[bytes] = []
         self._received_long = False
+        self._proven = False  # an oversized frame's header
 
     @property
     def remote_peer_id(self) -> str:
@@ -182,6 +183,7 @@ class FrameStream:
             self._size, self._filled, self._records = int.from_bytes(self._in_header, "big"), 0, []
         size = self._size
         if size > min(max_bytes, MAX_FRAME_BYTES):
+            await self._prove_header(size)
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
         opened = RECORD_BYTES * len(self._records)
         while True:
@@ -201,6 +203,18 @@ class FrameStream:
         self._traffic.bytes_received += size
         self._received_long = size >= LONG_FRAME_BYTES
         return frame
+
+    async def _prove_header(self, size: int) -> None:
+        """Have the frame's first record bear out its header: anybody on the way can write four bytes."""
+        if not self._incoming.overhead or self._proven:
+            return
+        wrapped_bytes = min(size, RECORD_BYTES) + self._incoming.overhead
+        await self._fill(wrapped_bytes)
+        try:
+            self._incoming.unwrap(memoryview(self._in)[:wrapped_bytes], self._in_header)
+        except NotSealed:
+            raise self._lost("with a length that its peer did not seal") from None
+        self._proven = True
 
     async def _fill(self, num_bytes: int) -> None:
         """Until so many bytes of the next header or record are in the buffer."""
