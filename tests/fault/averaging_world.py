@@ -53,6 +53,7 @@ class World:
     stall_s: float | None = None
     audit_blocks: int = 2
     reducers: Sequence[int] | None = None
+    hidden: Sequence[int] = ()  # who announces no address
     vectors: list[dict[str, Tensor]] = field(default_factory=list)
     roots: dict[int, bytes] = field(default_factory=dict)
     crafted: dict[int, bytes] = field(default_factory=dict)  # payloads that no encoder wrote
@@ -91,7 +92,7 @@ class World:
         return Member(
             hotkey=self.keys[index].hotkey,
             peer_id=self.peer(index),
-            maddrs=(),
+            maddrs=() if index in self.hidden else (f"/memory/{index}",),
             weight=0.0 if payload is None else 3.0 + 2 * index,
             reduces=self.reducers is None or index in self.reducers,
             root=self.roots.get(index, root),
