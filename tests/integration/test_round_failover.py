@@ -12,8 +12,10 @@ import pytest
 
 from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
+from hivetrain.progress import phase_at
 from hivetrain.tracking.events import EventReader
 from neurons.leading import LeadingNeuron
+from template.anchor import find_base
 from template.participant import Participation
 from tests.failover_kit import END, POSITION, ROUND_END, SCHEDULE, START, Failover, open_failover, wait_for
 from tests.round_kit import ROUND, shared_world
@@ -250,6 +252,33 @@ def test_a_leader_whose_upload_outlasts_the_round_tags_nothing(alone: Failover) 
     assert resolve(1) is None
     assert said(leader) == ["attempt_failed"]
     assert net.anchored() == set()
+
+
+def test_a_round_that_failed_wholly_publishes_nothing_keeps_its_base_and_the_next_one_works(alone: Failover) -> None:
+    net, leader, base = alone, alone.validators[0], alone.world.base
+    everyone, made = [*net.miners, leader], [miner.board.contribution for miner in net.miners]
+    first_block = START - SCHEDULE.round_blocks
+    before = phase_at(first_block, SCHEDULE)
+    for neuron in everyone:
+        neuron.leaders.learn(before.round, "0xdef", neuron.validators())
+        neuron.begin_round(before, base)  # nobody has handed anything in: all refuse the leader's call
+    net.clock.block = first_block
+    leader.average_group(before, base, net.notes)
+    assert leader.exchanges[0].done.state is None
+    assert (net.epoch(), net.anchored(), said(leader)) == (None, set(), ["attempt_failed"])
+    for neuron in everyone:
+        assert find_base(neuron.read_anchors(), POSITION.round_start, neuron.store.resolve, lambda _: None) == base
+        assert neuron.held is not None
+        assert neuron.held.ref == base
+        neuron.begin_round(POSITION, base)
+    for miner, contribution in zip(net.miners, made, strict=True):
+        assert contribution is not None
+        miner.board.commit(contribution)
+    net.run(*net.miners, leader)
+    net.clock.turn(START)
+    net.join(leader)
+    assert len(net.published().manifest.members) == 3
+    assert net.adopt_everywhere() == ["computed"] * 4
 
 
 @pytest.mark.parametrize("on_hub", [False, True])
