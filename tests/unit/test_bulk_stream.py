@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -14,9 +14,9 @@ from hivetrain.averaging.framing import RECORD_BYTES, Clear, FrameStream
 from hivetrain.averaging.sealing import TAG_BYTES, Sealer, SessionKeys
 from hivetrain.averaging.transport import MAX_FRAME_BYTES, LinkLost
 from hivetrain.errors import Fault, PeerFault
+from tests.async_kit import run
 
 KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
-DEADLINE_S = 10.0
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -45,14 +45,6 @@ async def streams() -> AsyncIterator[tuple[FrameStream, FrameStream]]:
     finally:
         for end in ends:
             end.end()
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-
-    asyncio.run(limited())
 
 
 def sealed(*frames: bytes) -> list[bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import msgpack
@@ -25,18 +25,10 @@ from hivetrain.averaging.dialling import (
 from hivetrain.averaging.memory import MemoryHub
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.averaging.upgrade import Choice, Hello, Offer, Reach, Upgrade, answer_upgrade, offer_upgrade
+from tests.async_kit import run
 
-DEADLINE_S = 10.0
 HOSTS = ["127.0.0.1"]
 SECRET = b"s" * 32
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-
-    asyncio.run(limited())
 
 
 @dataclass(slots=True)
