@@ -1,10 +1,10 @@
-"""The all-reduce in figures: speed, bytes against loss, slow links, and the exact ways of averaging DoRA.
+"""The all-reduce in figures: speed, bytes against loss, slow links, the exact ways of averaging DoRA, and faults.
 
     python -m bench.averaging [--quick] [--only SECTION ...] [--json FILE]
 
-Each section is a benchmark of its own (`bench.averaging_speed`, `bench.tradeoff`, `bench.rounds`, `bench.exact`); here
-they run one after another in one process and their claims land in one file. A section that fails is a claim that does
-not hold, and the others still run.
+Each section is a benchmark of its own (`bench.averaging_speed`, `bench.tradeoff`, `bench.rounds`, `bench.exact`,
+`bench.faults`); here they run one after another in one process and their claims land in one file. A section that fails
+is a claim that does not hold, and the others still run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import bench.averaging_speed
 import bench.exact
+import bench.faults
 import bench.rounds
 import bench.tradeoff
 from bench.harness import Claim, report
@@ -29,9 +30,10 @@ SECTIONS: dict[str, Callable[[bool], list[Claim]]] = {
     "tradeoff": bench.tradeoff.run,
     "rounds": bench.rounds.run,
     "exact": bench.exact.run,
+    "faults": bench.faults.run,
 }
 QUICK = ("speed", "rounds", "exact")
-"""What fits into two minutes; the bytes-against-loss curves are too long for that even when shortened."""
+"""What fits into two minutes; beside it the bytes-against-loss curves and the faults do not, even shortened."""
 
 
 def main() -> int:

@@ -126,9 +126,14 @@ class LeadingNeuron(Neuron):
         )
 
     def _is_anchored(self, epoch: int, since: int) -> bool:
-        """Whether a permitted validator has anchored that epoch since that block; what is older is another round's."""
+        """Whether a permitted validator has anchored that epoch since that block; what is older is another round's.
+
+        An anchor alone proves nothing, or one bad validator could end every round: the hub must hold what it names.
+        """
         try:
-            return any(found.epoch >= epoch and found.block >= since for found in self.read_anchors())
+            named = {one.manifest_sha256 for one in self.read_anchors() if one.epoch == epoch and one.block >= since}
+            ref = self.store.resolve(epoch) if named else None
+            return ref is not None and ref.manifest_sha256 in named and self.why_unacceptable(ref.manifest) is None
         except ServiceError as exc:
             logger.warning("cannot tell whether epoch %d is published: %s", epoch, exc)
             return False
@@ -237,12 +242,16 @@ class LeadingNeuron(Neuron):
         """Pass the gates, tag, anchor; a refusal makes no epoch."""
         state = led.done.state
         assert state is not None
+
+        def require_time() -> None:
+            if self.position.round != position.round:  # a slow upload may outlast it
+                raise NotPublished(f"round {position.round} is over: the next one has begun from its parent")
+
         self._say("publishing", f"epoch {state.epoch}")
         val_loss = self.bench.heldout_loss(self.parts, state)
         try:
             check_gates(self.parts, led, val_loss, base.manifest.val_loss)
-            if self.position.round != position.round:
-                raise NotPublished(f"round {position.round} is over: the next one has begun from its parent")
+            require_time()
             ref = publish_epoch(
                 store=self.store,
                 parts=self.parts,
@@ -252,6 +261,7 @@ class LeadingNeuron(Neuron):
                 block=self.blocks.block,
                 identity=self.identity,
                 receipts=receipts,
+                before_tag=require_time,
             )
             self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
         except HubConflict:

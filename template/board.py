@@ -112,7 +112,7 @@ class Board:
         return max(self._begun, *self._signed, -1)
 
     def hear(self, attempt: int) -> None:
-        """The rightful leader of ``attempt`` has called."""
+        """The rightful leader of ``attempt`` has called, with what a member may follow: a plan to refuse is silence."""
         with self._lock:
             self._heard = max(self._heard, attempt)
 

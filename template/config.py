@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import CliSettingsSource
+from pydantic_settings import CliSettingsSource, SettingsError
 
 from hivetrain.errors import ConfigError
 from template.settings import NeuronConfig, Role, Secrets, read_secrets
@@ -74,7 +74,10 @@ def parse_config(argv: Sequence[str], role: Role, environ: Mapping[str, str] | N
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    from_cli = _flatten(CliSettingsSource(NeuronConfig, cli_parse_args=_expand(argv), root_parser=parser)())
+    try:
+        from_cli = _flatten(CliSettingsSource(NeuronConfig, cli_parse_args=_expand(argv), root_parser=parser)())
+    except SettingsError as exc:  # a bracket begins JSON
+        raise ConfigError(f"a list is written with commas and without brackets: {exc.__cause__ or exc}") from exc
     from_env = dict(_from_environ(os.environ if environ is None else environ))
     file_name = from_cli.get("config", from_env.get("config", (None, "")))[0]
     layers = [
@@ -132,7 +135,7 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[Any, 
             raise ConfigError(f"unknown variable {name}" + (f"; did you mean {near[0]}?" if near else ""))
     for name, path in (ENV_ALIASES | names).items():  # ours last, so that they win over btcli's
         if environ.get(name):
-            is_list = path.endswith(("_maddrs", "_peers"))
+            is_list = path.endswith(("_maddrs", "_peers", "_bulk"))
             yield path, (environ[name].split(",") if is_list else environ[name], name)
 
 

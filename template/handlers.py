@@ -211,6 +211,7 @@ class Handlers:
         if refusal is not None:
             logger.warning("no signature for %s in round %d: %s", caller.hotkey[:8], synapse.round, refusal)
             return self._reply(synapse, accepted=False, detail=refusal)
+        self._board.hear(synapse.attempt)
         message = state_message(self._run_id, synapse.round, synapse.attempt, synapse.state_hash)
         return AllReduceReply(
             run_id=self._run_id,
@@ -223,7 +224,7 @@ class Handlers:
         )
 
     def _refuse_caller(self, synapse: AllReduce, caller: Caller) -> str | None:
-        """Why this call is not one of the round's leader, or comes too late; None where it is to be heard."""
+        """Why this call is not one of the round's leader, or comes too late; None otherwise."""
         report = self._board.report
         if synapse.run_id != self._run_id:
             return f"another run: {synapse.run_id[:12]}, here {self._run_id[:12]}"
@@ -234,7 +235,6 @@ class Handlers:
         why = self._why_not_leader(caller.hotkey, synapse.round, synapse.attempt, synapse.want)
         if why is not None:
             return why
-        self._board.hear(synapse.attempt)
         newest = self._board.newest_attempt
         if synapse.attempt < newest:
             return f"attempt {synapse.attempt} is over: attempt {newest} has begun here"
@@ -265,6 +265,7 @@ class Handlers:
             return f"vectors in {plan.send_deadline_s:g} of {plan.deadline_s:g} s: a quarter to three quarters is due"
         mine = plan.member(self._identity.hotkey)
         if mine is None:
+            self._board.hear(synapse.attempt)  # it leads by a plan that its group may follow
             return "this hotkey is not in the group"
         contribution = self._board.contribution
         if mine.weight > 0:

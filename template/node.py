@@ -263,6 +263,9 @@ class Node:
                 announce_maddrs=list(config.dht.announce_maddrs) or None,
                 identity_path=config.identity_path,
                 client_mode=config.dht.client_mode,
+                bulk=config.dht.bulk,
+                bulk_port=config.dht.bulk_port,
+                announce_bulk=config.dht.announce_bulk,
             )
             try:
                 self.network.run(swarm.start(), 90)

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from hivetrain.averaging.addresses import parse_endpoint
+from hivetrain.errors import ConfigError
+
 Role = Literal["miner", "validator"]
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -108,6 +111,16 @@ class DhtConfig(_Section):
     )
     initial_peers: tuple[str, ...] = Field(default=(), description="peers to join; empty: those announced on chain")
     client_mode: bool = Field(default=False, description="connect outwards only, as behind a NAT")
+    bulk: bool = Field(default=True, description="move the all-reduce's bytes to TCP connections of their own")
+    bulk_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port on which those arrive; unset: 1,000 past the port of host_maddrs",
+    )
+    announce_bulk: tuple[str, ...] = Field(
+        default=(), description="address:port to announce for those; empty: 1,000 past the announced ports"
+    )
     identity_path: Path | None = Field(
         default=None, description="file of the libp2p key; unset: in the neuron's folder"
     )
@@ -118,6 +131,16 @@ class DhtConfig(_Section):
         for maddr in value:
             if not maddr.startswith("/"):
                 raise ValueError(f"{maddr!r} is no multiaddress such as /ip4/0.0.0.0/tcp/31337")
+        return value
+
+    @field_validator("announce_bulk")
+    @classmethod
+    def _are_endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for endpoint in value:
+            try:
+                parse_endpoint(endpoint)
+            except ConfigError as exc:
+                raise ValueError(str(exc)) from exc
         return value
 
 

@@ -301,6 +301,20 @@ POLICY = AccessPolicy(
 )
 
 
+class Place:
+    """A miner's axon whose answers a test replaces."""
+
+    def __init__(self, wire: Wire, name: str) -> None:
+        self.train: TrainHandler = self._unset
+        self.info = wire.serve(name, self._answer)
+
+    async def _answer(self, synapse: Train, caller: Caller) -> TrainReply:
+        return await self.train(synapse, caller)
+
+    async def _unset(self, synapse: Train, caller: Caller) -> TrainReply:
+        raise AssertionError("no answer was set for this test")
+
+
 @contextmanager
 def open_wire() -> Iterator[Wire]:
     """A `Wire`; everything on it is closed at the end."""

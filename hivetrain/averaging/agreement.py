@@ -81,12 +81,21 @@ class Agreement:
             try:
                 theirs = await self._peers.confirm(member, self.ours())
             except Unanswered as exc:
+                if self._state.member.maddrs and not member.maddrs:
+                    await self._until_told(member)
                 logger.info("%s does not say what it holds: %s", hotkey, exc)
                 self._gone.add(hotkey)
                 state.changed.notify()
                 continue
             self._told[hotkey] = version
             self._note(member, theirs)
+
+    async def _until_told(self, member: Member) -> None:
+        """Until a member that cannot be dialled has told us itself: it may audit what nobody else can."""
+        clock = self._state.clock
+        until = min(clock.confirm_close, clock.now() + self._state.plan.patience_s)
+        while clock.now() < until and not self._is_done(member) and member.hotkey not in self._state.banned:
+            await self._state.changed.wait(until)
 
     async def _until_agreed(self) -> None:
         state, linger = self._state, math.inf

@@ -78,7 +78,7 @@ async def all_reduce(
     peers = Peers(state, signed)
     agreement = Agreement(state, signed, peers)
     server = Server(state, signed, peers, agreement)
-    transport.set_acceptor(server.accept)
+    transport.set_acceptor(server.accept, {member.peer_id for member in plan.members})
     state.clock.begin()
     opener = Opener(state, signed, peers)
     parts = [asyncio.create_task(opener.see_through(holding)) for holding in state.holdings.values()]

@@ -114,6 +114,7 @@ class FrameStream:
         self._frame = _EMPTY
         self._opened = 0
         self._received_long = False
+        self._proven = False  # an oversized frame's header
 
     @property
     def remote_peer_id(self) -> str:
@@ -177,13 +178,17 @@ class FrameStream:
     async def receive(self, max_bytes: int) -> bytes:
         size = await self._next_size()
         if size > min(max_bytes, MAX_FRAME_BYTES):
+            await self._prove_header(size)
             raise PeerFault(Fault.OVERSIZED, f"a frame may have {max_bytes} bytes here, {size} were announced")
         frame = bytearray(size)
         await self._read_frame(memoryview(frame))
         return bytes(frame)
 
     async def receive_into(self, buffer: memoryview) -> None:
-        require_size(await self._next_size(), len(buffer), "a frame")
+        size = await self._next_size()
+        if size != len(buffer):
+            await self._prove_header(size)
+            require_size(size, len(buffer), "a frame")
         try:
             await self._read_frame(buffer)
         except asyncio.CancelledError:
@@ -220,6 +225,20 @@ class FrameStream:
         self._size, self._opened, self._frame = None, 0, _EMPTY
         self._traffic.bytes_received += size
         self._received_long = size >= LONG_FRAME_BYTES
+
+    async def _prove_header(self, size: int) -> None:
+        """Have the frame's first record bear out its header: anybody on the way can write four bytes."""
+        if not self._incoming.overhead or self._proven or self._opened:
+            return
+        record_bytes = min(size, RECORD_BYTES)
+        wrapped_bytes = record_bytes + self._incoming.overhead
+        await self._fill(wrapped_bytes)
+        wrapped = memoryview(self._in)[:wrapped_bytes]
+        try:
+            self._incoming.unwrap(wrapped, self._in_header, memoryview(bytearray(record_bytes)))
+        except NotSealed:
+            raise self._lost("with a length that its peer did not seal") from None
+        self._proven = True
 
     async def _fill(self, num_bytes: int) -> None:
         """Until so many bytes of the next header or record are in the buffer."""

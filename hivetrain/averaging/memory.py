@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import selectors
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -205,7 +205,7 @@ class MemoryTransport:
     def peer_id(self) -> str:
         return self._peer_id
 
-    def set_acceptor(self, acceptor: Acceptor | None) -> None:
+    def set_acceptor(self, acceptor: Acceptor | None, peer_ids: Collection[str] | None = None) -> None:
         if acceptor is not None and self._acceptor is not None:
             raise ValueError("this transport already has an acceptor")
         self._acceptor = acceptor

@@ -112,7 +112,9 @@ class Opener:
             held, deniers = await self._fetcher.fetch(holding, rank, clock.now() + 2 * state.plan.patience_s)
             if held is not None:
                 return held
-            expected = (deniers | holding.parked | {state.me.hotkey}) - state.banned
+            # Who cannot be dialled may not have been asked: it comes by itself, as it has met us before.
+            hidden = {m.hotkey for m in state.others if not m.maddrs and m.hotkey in state.met}
+            expected = (deniers | holding.parked | hidden | {state.me.hotkey}) - state.banned
         holding.reduction = Reduction(state, part, rank, expected)
         holding.changed.notify()
         mean = await holding.reduction.run()

@@ -64,7 +64,6 @@ class AllReduceOutcome:
         missing_parts: parts that nobody holds.
         included: per sender, the share of chunks whose mean it is in, over the parts that are not missing.
         left_out: per sender that is in and not everywhere, the runs of chunks ``[start, stop)`` whose mean lacks it.
-        own_included: chunk ranges ``[start, stop)`` of the payload whose mean our own vector is in.
         reduced_again: parts whose first reducer failed, and whose mean the next one made.
         faults: what this node saw.
         links: per other member.
@@ -82,7 +81,6 @@ class AllReduceOutcome:
     bytes_received: int
     seconds: float
     left_out: Mapping[str, Runs] = field(default_factory=dict)
-    own_included: tuple[tuple[int, int], ...] = ()
     reduced_again: tuple[int, ...] = ()
 
 

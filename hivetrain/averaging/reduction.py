@@ -196,6 +196,7 @@ class Reduction:
             None where nothing is missing, or it comes too late: it only gets the mean.
 
         Raises:
+            LinkLost: a stream of it that is still open here goes first; it may try again.
             PeerFault: we do not serve it.
         """
         sender = self._senders[member.hotkey]
@@ -204,7 +205,8 @@ class Reduction:
         if sender.status in (Status.IN, Status.OUT):
             return None
         if sender.status is Status.SENDING:
-            raise PeerFault(Fault.LATE, "another stream of it is being read")
+            # Its link may have broken without our notice: it comes again, and a twin of it gets nothing.
+            raise LinkLost("another stream of it is being read")
         if first > sender.delivered:
             raise PeerFault(Fault.MALFORMED, f"it goes on at batch {first}, {sender.delivered} have come")
         sender.status = Status.SENDING

@@ -21,7 +21,7 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ CLOSE_TIMEOUT_S = 5.0
 DHT_TIMEOUT_S = 15.0
 MAX_VALUE_BYTES = 16 << 10
 MAX_VALUES = 1024
-UNDIALABLE_S = 60.0  # so long nobody dials a peer again that answered at no address
 MAX_EARLY_BYTES = 256 << 10
 MAX_NEGOTIATIONS = 64  # that one peer may have under way with us
+MAX_ALL_NEGOTIATIONS = 1024
 
 
 class Swarm:
@@ -87,6 +87,7 @@ class Swarm:
         self._bulk_port = bulk_port
         self._announce_bulk = [parse_endpoint(endpoint) for endpoint in announce_bulk]
         self._acceptor: Acceptor | None = None
+        self._peer_ids: Collection[str] | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._p2p: Any = None
         self._node: Any = None
@@ -94,7 +95,6 @@ class Swarm:
         self._listener: BulkListener | None = None
         self._reach: Reach | None = None
         self._links: set[FrameStream] = set()
-        self._undialable: dict[str, float] = {}  # peer id: loop time from which it may be dialled again
         self._negotiating: Counter[str] = Counter()
         self.bulk_traffic = Traffic()
         self.libp2p_traffic = Traffic()
@@ -210,10 +210,10 @@ class Swarm:
                 child.kill()
             await child.wait()
 
-    def set_acceptor(self, acceptor: Acceptor | None) -> None:
+    def set_acceptor(self, acceptor: Acceptor | None, peer_ids: Collection[str] | None = None) -> None:
         if acceptor is not None and self._acceptor is not None:
             raise ValueError("this swarm already has an acceptor: one all-reduce at a time")
-        self._acceptor = acceptor
+        self._acceptor, self._peer_ids = acceptor, peer_ids
 
     async def open(self, peer_id: str, maddrs: Sequence[str], timeout_s: float) -> Stream:
         p2p = self._running()
@@ -244,20 +244,17 @@ class Swarm:
 
     async def _upgrade(self, stream: FrameStream, hosts: Sequence[str], *, opening: bool) -> FrameStream:
         """The stream on the path that both ends agree on. ``hosts``: where the peer may be dialled."""
-        reach, peer_id, now = self._reach, stream.remote_peer_id, asyncio.get_running_loop().time()
+        reach, peer_id = self._reach, stream.remote_peer_id
         try:
             if reach is None:
                 raise LinkLost("this swarm has not started yet")
             if opening:
-                agreed = await offer_upgrade(stream, reach, hosts, self._undialable.get(peer_id, 0.0) <= now)
+                agreed = await offer_upgrade(stream, reach, hosts)
             else:
                 agreed = await answer_upgrade(stream, reach, hosts)
         except BaseException:
             await stream.close()
             raise
-        if agreed.unreachable:
-            self._undialable = {peer: until for peer, until in self._undialable.items() if until > now}
-            self._undialable[peer_id] = now + UNDIALABLE_S
         logger.debug("swarm: frames of %s go by %s", peer_id, "libp2p" if agreed.sock is None else "bulk")
         if agreed.sock is None:
             stream.count_into(self.libp2p_traffic)
@@ -270,12 +267,16 @@ class Swarm:
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
-        if self._acceptor is None or self._negotiating[peer_id] >= MAX_NEGOTIATIONS:
+        if not self._may_negotiate(peer_id):
             writer.transport.abort()
             return
+        self._negotiating[peer_id] += 1
         try:
             stream = await self._take_over(info, reader, writer)
-        except LinkLost as exc:
+        except BaseException as exc:
+            self._end_negotiation(peer_id)
+            if not isinstance(exc, LinkLost):
+                raise
             logger.debug("swarm: %s", exc.detail)
             return
         # A task of our own: hivemind's, cancelled, would be reported as an error.
@@ -283,15 +284,23 @@ class Swarm:
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
+    def _may_negotiate(self, peer_id: str) -> bool:
+        """Whether a stream of that peer is taken: there is a round, the peer is in it, and few are under way."""
+        if self._acceptor is None or (self._peer_ids is not None and peer_id not in self._peer_ids):
+            return False
+        return self._negotiating[peer_id] < MAX_NEGOTIATIONS and self._negotiating.total() < MAX_ALL_NEGOTIATIONS
+
+    def _end_negotiation(self, peer_id: str) -> None:
+        self._negotiating[peer_id] -= 1
+        self._negotiating += Counter()  # forget who has none
+
     async def _answer(self, stream: FrameStream, hosts: Sequence[str]) -> None:
         peer_id = stream.remote_peer_id
         try:
-            self._negotiating[peer_id] += 1
             try:
                 stream = await self._upgrade(stream, hosts, opening=False)
             finally:
-                self._negotiating[peer_id] -= 1
-                self._negotiating += Counter()  # forget who has none
+                self._end_negotiation(peer_id)
             if self._acceptor is not None:
                 await self._acceptor(stream)
         except LinkLost as exc:

@@ -25,7 +25,6 @@ def make_outcome(state: RoundState) -> AllReduceOutcome:
         raise ServiceError(f"reached none of the {len(others)} other members: our own link is the likelier cause")
     digest = hashlib.sha256(f"hivetrain-mean/2\n{state.group_id}\n".encode())
     chunks = {m.hotkey: 0 for m in plan.members if m.sends}
-    own: list[tuple[int, int]] = []
     out: dict[str, list[tuple[int, int]]] = {}
     for index, holding in state.holdings.items():
         _blame_those_given_up(state, holding)
@@ -41,8 +40,6 @@ def make_outcome(state: RoundState) -> AllReduceOutcome:
             for is_in, member in zip(unpack_mask(run.included, len(plan.members)), plan.members, strict=True):
                 if is_in:
                     chunks[member.hotkey] += run.stop - start
-                    if member is state.member:
-                        own.append((start, run.stop))
                 elif member.sends:
                     out.setdefault(member.hotkey, []).append((start, run.stop))
             start = run.stop
@@ -62,7 +59,6 @@ def make_outcome(state: RoundState) -> AllReduceOutcome:
         bytes_received=sum(link.bytes_received for link in links),
         seconds=state.clock.elapsed,
         left_out={hotkey: _joined(runs) for hotkey, runs in out.items() if chunks[hotkey]},
-        own_included=_joined(own),
         reduced_again=tuple(h.part.index for h in held if h.mean is not None and h.mean.rank),
     )
 

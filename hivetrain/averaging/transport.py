@@ -7,7 +7,7 @@ length is checked before anything is allocated for it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,8 +99,11 @@ class Transport(Protocol):
         """
         ...
 
-    def set_acceptor(self, acceptor: Acceptor | None) -> None:
+    def set_acceptor(self, acceptor: Acceptor | None, peer_ids: Collection[str] | None = None) -> None:
         """Who answers streams that peers open; None refuses them.
+
+        Args:
+            peer_ids: whose streams are wanted; a transport may refuse all others unread. None: everybody's.
 
         Raises:
             ValueError: there is one already.

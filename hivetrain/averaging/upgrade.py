@@ -16,27 +16,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from hivetrain.averaging.bulk_listener import BulkListener, Endpoint, dial
+from hivetrain.averaging.bulk_listener import BulkListener, Endpoint
+from hivetrain.averaging.dialling import MAX_ENDPOINTS, DialMemory, candidates, dial_any
 from hivetrain.averaging.messages import Message, receive
 from hivetrain.averaging.sealing import SECRET_BYTES, SessionKeys
 from hivetrain.averaging.transport import LinkLost, Stream
 from hivetrain.errors import PeerFault
 
-logger = logging.getLogger(__name__)
-
-MAX_ENDPOINTS = 8
 MAX_MESSAGE_BYTES = 4 << 10
 NEGOTIATION_TIMEOUT_S = 15.0
-DIAL_TIMEOUT_S = 4.0  # over all of a peer's endpoints
 
 Secret = Annotated[bytes, Field(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
 Host = Annotated[str, Field(max_length=64)]
@@ -92,6 +88,7 @@ class Reach:
         endpoints: where we say that we can be dialled.
         source: local address to dial from; None: the kernel's choice.
         may_dial: False: we dial nobody.
+        memory: whom we need not dial again just now, whichever side asks.
     """
 
     peer_id: str
@@ -99,6 +96,7 @@ class Reach:
     endpoints: Sequence[Endpoint]
     source: str | None = None
     may_dial: bool = True
+    memory: DialMemory = field(default_factory=DialMemory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,21 +106,18 @@ class Upgrade:
     Attributes:
         sock: the new path, the holder's to close; None: frames stay on the libp2p stream.
         outgoing, incoming: keys of the two directions.
-        unreachable: the peer offered addresses, and none of them answered.
     """
 
     sock: socket.socket | None
     outgoing: bytes
     incoming: bytes
-    unreachable: bool = False
 
 
-async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str], try_dial: bool = True) -> Upgrade:
+async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> Upgrade:
     """The opener's half.
 
     Args:
         hosts: IP addresses of the peer, the likeliest first.
-        try_dial: False: the peer could not be dialled just now.
 
     Raises:
         LinkLost: the stream ended, or the peer does not speak this protocol.
@@ -132,9 +127,7 @@ async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str], try_
         await _say(stream, Hello(secret=secret, endpoints=list(reach.endpoints)[:MAX_ENDPOINTS]))
         offer = await receive(stream, Offer, max_bytes=MAX_MESSAGE_BYTES)
         keys = SessionKeys.derive(secret, offer.secret, reach.peer_id, stream.remote_peer_id)
-        places = candidates(offer.endpoints, hosts) if try_dial and reach.may_dial else []
-        sock = await _dial_any(places, keys, reach.source)
-        unreachable = bool(places) and sock is None
+        sock = await _dial(stream, reach, offer.endpoints, hosts, keys)
         if sock is None and reach.listener is not None and reach.endpoints:
             with reach.listener.expect(keys) as arrival:
                 await _say(stream, DialBack())
@@ -142,7 +135,7 @@ async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str], try_
                 sock = arrival.take() if arrival and dialled.reached else None
         with _closed_on_error(sock):
             await _say(stream, Choice(bulk=sock is not None))
-    return Upgrade(sock=sock, outgoing=keys.opener_key, incoming=keys.acceptor_key, unreachable=unreachable)
+    return Upgrade(sock=sock, outgoing=keys.opener_key, incoming=keys.acceptor_key)
 
 
 async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> Upgrade:
@@ -160,8 +153,7 @@ async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> 
             await _say(stream, Offer(secret=secret, endpoints=endpoints))
             message = await receive(stream, Choice, DialBack, max_bytes=MAX_MESSAGE_BYTES)
             if isinstance(message, DialBack):
-                places = candidates(hello.endpoints, hosts) if reach.may_dial else []
-                sock = await _dial_any(places, keys, reach.source)
+                sock = await _dial(stream, reach, hello.endpoints, hosts, keys)
                 with _closed_on_error(sock):
                     await _say(stream, Dialled(reached=sock is not None))
                     message = await receive(stream, Choice, max_bytes=MAX_MESSAGE_BYTES)
@@ -176,24 +168,11 @@ async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> 
     return Upgrade(sock=sock, outgoing=keys.acceptor_key, incoming=keys.opener_key)
 
 
-def candidates(offered: Iterable[Endpoint], hosts: Sequence[str]) -> list[Endpoint]:
-    """Where to dial: offered ports at known addresses, an offered pair before any other of its address."""
-    offered = list(offered)
-    exact = [(host, port) for known in hosts for host, port in offered if host == known]
-    # Behind a NAT, or under a name, a peer may not know the address at which it was reached.
-    reached = [(host, port) for host in hosts[:1] for _, port in offered]
-    return list(dict.fromkeys((*exact, *reached)))[:MAX_ENDPOINTS]
-
-
-async def _dial_any(places: Sequence[Endpoint], keys: SessionKeys, source: str | None) -> socket.socket | None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
-            for place in places:
-                try:
-                    return await dial(place, keys, source)
-                except (OSError, TimeoutError) as exc:
-                    logger.debug("bulk: %s:%d cannot be dialled: %r", *place, exc)
-    return None
+async def _dial(
+    stream: Stream, reach: Reach, offered: Sequence[Endpoint], hosts: Sequence[str], keys: SessionKeys
+) -> socket.socket | None:
+    places = candidates(offered, hosts) if reach.may_dial else []
+    return await dial_any(stream.remote_peer_id, places, keys, reach.source, reach.memory)
 
 
 async def _say(stream: Stream, message: Message) -> None:

@@ -20,6 +20,7 @@ from hivetrain.hub.dataset import RangeFile
 from hivetrain.hub.remote import HubExists, HubTransient, RemoteFile, RemoteRepo
 from hivetrain.hub.store import (
     MAX_ARTEFACT_BYTES,
+    always,
     check_files,
     check_name,
     checked,
@@ -54,23 +55,28 @@ class HubStore:
         self._remote = RemoteRepo(endpoint, "model", repo, token, timeout_s)
         self._first_commit = ""
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Ref:
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes | Path], before_tag: Callable[[], None] = always
+    ) -> Ref:
         """See `ModelStore.publish`."""
         check_files(manifest, files)
         # Named by the nonce, so that a retry finds what an earlier attempt did.
         branch = f"{_STAGING}{epoch_tag(manifest.epoch)}-{hashlib.sha256(manifest.nonce.encode()).hexdigest()[:12]}"
         try:
-            return self._remote.retry(lambda: self._publish_once(manifest, files, branch))
+            return self._remote.retry(lambda: self._publish_once(manifest, files, branch, before_tag))
         finally:
             self._drop_branch(branch)
 
-    def _publish_once(self, manifest: Manifest, files: Mapping[str, bytes | Path], branch: str) -> Ref:
+    def _publish_once(
+        self, manifest: Manifest, files: Mapping[str, bytes | Path], branch: str, before_tag: Callable[[], None]
+    ) -> Ref:
         published = self._ours(manifest)
         if published is not None:
             return published
         raw = manifest.to_bytes()
         commit = self._staged_commit(branch, {**files, MANIFEST_NAME: raw}, raw)
         self._check_commit(commit, manifest, raw)
+        before_tag()
         try:
             self._remote.create_tag(epoch_tag(manifest.epoch), commit)
         except HubExists as exc:

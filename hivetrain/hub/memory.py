@@ -11,6 +11,7 @@ from pathlib import Path
 from hivetrain.errors import HubConflict, HubNotFound, IntegrityError
 from hivetrain.hub.store import (
     MAX_ARTEFACT_BYTES,
+    always,
     check_files,
     epochs_to_drop,
     fetch_verified,
@@ -31,12 +32,15 @@ class MemoryStore:
         self._tags: dict[int, str] = {}
         self._artefacts: dict[tuple[str, str], dict[str, bytes]] = {}
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Ref:
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes | Path], before_tag: Callable[[], None] = always
+    ) -> Ref:
         """See `ModelStore.publish`."""
         check_files(manifest, files)
         tree = {name: data if isinstance(data, bytes) else data.read_bytes() for name, data in files.items()}
         tree[MANIFEST_NAME] = manifest.to_bytes()
         commit = hashlib.sha1(tree[MANIFEST_NAME], usedforsecurity=False).hexdigest()
+        before_tag()
         with self._lock:
             if manifest.epoch not in self._tags:
                 self._commits[commit] = tree

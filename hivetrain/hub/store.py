@@ -26,6 +26,10 @@ MAX_ARTEFACT_BYTES = 64 << 20
 _EPOCH_TAG = re.compile(r"epoch-([0-9]{6,9})")
 
 
+def always() -> None:
+    """Where an epoch may be tagged however long its upload took."""
+
+
 def genesis_base(_epoch: int) -> int:
     """Where no merge ever replaces the base, epoch 0 holds everybody's."""
     return 0
@@ -34,11 +38,14 @@ def genesis_base(_epoch: int) -> int:
 class ModelStore(Protocol):
     """Epochs of one run. Every method may raise `HubError` when the hub does not answer rightly."""
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Ref:
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes | Path], before_tag: Callable[[], None] = always
+    ) -> Ref:
         """Publish one epoch, whole or not at all. Publishing the same manifest again gives the same `Ref`.
 
         Args:
             files: exactly those that ``manifest.files`` names.
+            before_tag: called when everything is uploaded; what it raises ends the publish without a tag.
 
         Raises:
             HubConflict: the epoch is published, with another nonce.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from hivetrain.errors import HivetrainError
-from hivetrain.hub.store import ModelStore
+from hivetrain.hub.store import ModelStore, always
 from hivetrain.identity import Identity
 from hivetrain.manifest import MAX_RUNS, FaultEntry, FileEntry, Manifest, Ref
 from hivetrain.model.load import CONFIG_NAME, weights_file
@@ -65,12 +65,14 @@ def publish_epoch(
     block: int,
     identity: Identity,
     receipts: Mapping[str, Receipt] = MappingProxyType({}),
+    before_tag: Callable[[], None] = always,
 ) -> Ref:
     """Publish the led round's state as the next epoch.
 
     Args:
         receipts: what the members signed, by hotkey: the manifest names them, and what its mean lacks, so that
-            everyone can tell which remainder follows.
+            everyone can tell which remainder follows. One that is not of the vector that the plan names is left out.
+        before_tag: called when all is uploaded; what it raises ends the publish without a tag.
 
     Raises:
         HubConflict: somebody else published this epoch first.
@@ -84,8 +86,15 @@ def publish_epoch(
         files[BASE_PREFIX + CONFIG_NAME] = store.read(parts.genesis, BASE_PREFIX + CONFIG_NAME)
         files[BASE_WEIGHTS] = weights_file(state.base)
     weights = sent_weights(led)
+    sent = {member.hotkey: member.root.hex() for member in led.plan.members if member.root is not None}
     # Who was left out in more places than a manifest holds starts from a remainder of zero.
-    named = sorted(h for h in weights if h in receipts and len(outcome.left_out.get(h, ())) <= MAX_RUNS)
+    named = sorted(
+        hotkey
+        for hotkey in weights
+        if hotkey in receipts
+        and receipts[hotkey].payload_root == sent.get(hotkey)
+        and len(outcome.left_out.get(hotkey, ())) <= MAX_RUNS
+    )
     manifest = Manifest(
         run_id=parts.run_id,
         epoch=state.epoch,
@@ -115,7 +124,7 @@ def publish_epoch(
         leader=identity.hotkey,
         signatures={hotkey: led.signatures[hotkey] for hotkey in weights if hotkey in led.signatures},
     )
-    return store.publish(sign_manifest(manifest, identity), files)
+    return store.publish(sign_manifest(manifest, identity), files, before_tag)
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> Manifest:

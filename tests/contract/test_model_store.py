@@ -102,6 +102,18 @@ def test_second_publisher_of_an_epoch_loses(store: Store) -> None:
     assert store.latest() == first
 
 
+def test_whoever_runs_out_of_time_while_it_uploads_tags_nothing_and_may_publish_later(store: Store) -> None:
+    manifest = make_manifest(3, FILES)
+
+    def too_late() -> None:
+        raise TimeoutError("the round is over")
+
+    with pytest.raises(TimeoutError):
+        store.publish(manifest, FILES, too_late)
+    assert (store.resolve(3), store.epochs()) == (None, [])
+    assert store.publish(manifest, FILES).manifest == manifest
+
+
 def test_of_racing_publishers_exactly_one_wins(store: Store) -> None:
     num_racers = 4
     store.publish(make_manifest(0, {}), {})

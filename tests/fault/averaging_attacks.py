@@ -17,6 +17,7 @@ import pytest
 import torch
 from averaging_world import RUNNING, Key, World, verify
 
+from bench.faults_peer import with_first_words as first_words
 from hivetrain.averaging import opening, reduction, serving
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
 from hivetrain.averaging.handshake import open_handshake
@@ -25,7 +26,6 @@ from hivetrain.averaging.messages import Contribution, Refusal
 from hivetrain.averaging.results import mask_runs, sign_result
 from hivetrain.averaging.transport import LinkLost
 from hivetrain.errors import Fault, PeerFault
-from hivetrain.run import CHUNK_ELEMENTS
 
 Tasks = dict[int, "asyncio.Task[AllReduceOutcome]"]
 
@@ -187,17 +187,8 @@ def garbage(scene: Scene) -> None:
 
 
 def with_first_words(world: World, index: int, value: float) -> bytes:
-    """A member's payload whose chunks begin with ``value``: an fp16 value, or an int4 block's bfloat16 scale."""
-    layout = world.layout
-    payload = bytearray(layout.encode(world.vectors[index], seed=0))
-    dtype = {"fp16": torch.float16, "int4": torch.bfloat16}[world.codec]
-    word = torch.tensor(value, dtype=dtype).view(torch.int16).numpy().astype("<i2").tobytes()
-    for span in layout.spans(0, layout.num_chunks):
-        if span.section.codec == world.codec:
-            for chunk in range(span.first_chunk, span.first_chunk + -(-span.num_elements // CHUNK_ELEMENTS)):
-                offset = layout.byte_offset(chunk)
-                payload[offset : offset + 2] = word
-    return bytes(payload)
+    """A member's payload whose chunks begin with ``value``, as no encoder writes them."""
+    return first_words(world.layout, world.layout.encode(world.vectors[index], seed=0), value)
 
 
 def poisoned(value: float) -> Callable[[Scene], None]:

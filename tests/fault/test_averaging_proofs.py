@@ -7,7 +7,8 @@ from typing import Any
 
 import msgpack
 import pytest
-from averaging_attacks import ATTACKS, Scene
+import torch
+from averaging_attacks import ATTACKS, Scene, with_first_words
 from averaging_world import RUNNING, World, assert_mean, blamed, verify
 
 from hivetrain.averaging import auditing, peers, reduction
@@ -15,8 +16,9 @@ from hivetrain.averaging.butterfly import AllReduceOutcome, proves_two_averages,
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.messages import Result
 from hivetrain.averaging.proofs import MAX_EVIDENCE_BYTES, pack_wrong_average
+from hivetrain.averaging.reducing import decode_sane, reduce_chunks, rounding_seed
 from hivetrain.averaging.results import sign_result
-from hivetrain.errors import Fault
+from hivetrain.errors import Fault, PeerFault
 from hivetrain.verification.merkle import MerkleTree
 
 BAD = 2
@@ -44,9 +46,15 @@ def honest_block(world: World, senders: tuple[int, ...] = (0, 1, 2)) -> dict[str
     """What evidence would hold for the first block of member 2's part, had it averaged rightly."""
     layout, plan = world.layout, world.plan
     part = plan.parts()[BAD]
-    mean = layout.encode(world.mean(senders), seed=0)
-    digests = layout.chunk_digests(mean)[part.start : part.stop]
-    tree = MerkleTree(digests)
+
+    def cut(payload: bytes, start: int, stop: int) -> bytes:
+        return payload[layout.byte_offset(start) : layout.byte_offset(stop)]
+
+    sent = [layout.encode(world.vectors[i], seed=0) for i in senders]
+    vectors = [layout.decode_chunks(cut(one, part.start, part.stop), part.start, part.stop) for one in sent]
+    weights = [plan.members[i].weight for i in senders]
+    mean = reduce_chunks(plan, part.start, part.stop, vectors, weights, rounding_seed(plan.group_id()))
+    tree = MerkleTree(layout.chunk_digests(mean, part.start, part.stop))
     mask = bytes([sum(1 << i for i in senders)])
     runs = [{"stop": part.stop, "included": mask}]
     key, group = world.keys[BAD], plan.group_id()
@@ -60,16 +68,14 @@ def honest_block(world: World, senders: tuple[int, ...] = (0, 1, 2)) -> dict[str
     )
     start, stop = plan.blocks(part.start, part.stop)[0]
 
-    def cut(payload: bytes) -> bytes:
-        return payload[layout.byte_offset(start) : layout.byte_offset(stop)]
-
+    data = mean[: layout.range_bytes(start, stop)]
     openings = {}
     for i in senders:
         payload = world.payloads[i]
         assert payload is not None
-        openings[i] = (cut(payload), MerkleTree(layout.chunk_digests(payload)).range_proof(start, stop))
+        openings[i] = (cut(payload, start, stop), MerkleTree(layout.chunk_digests(payload)).range_proof(start, stop))
     proof = tree.range_proof(start - part.start, stop - part.start)
-    return {"result": result, "start": start, "stop": stop, "data": cut(mean), "proof": proof, "openings": openings}
+    return {"result": result, "start": start, "stop": stop, "data": data, "proof": proof, "openings": openings}
 
 
 def test_right_average_proves_nothing() -> None:
@@ -137,6 +143,60 @@ def test_mean_that_took_in_what_no_reducer_may_is_proved_wrong() -> None:
         vector[::100] = 1e30
     world = World(num_senders=3, num_validators=1, vectors=vectors)
     assert proves_wrong_average(pack_wrong_average(**honest_block(world)), world.plan, verify) == world.hotkey(BAD)
+
+
+@pytest.mark.parametrize("word", [float("nan"), float("inf")])
+def test_mean_that_took_in_a_chunk_which_no_encoder_writes_is_proved_wrong(word: float) -> None:
+    world = World(num_senders=3, num_validators=1, codec="int4")
+    assert proves_wrong_average(pack_wrong_average(**honest_block(world)), world.plan, verify) is None
+    world.crafted[1] = with_first_words(world, 1, word)
+    world.prepare()
+    assert proves_wrong_average(pack_wrong_average(**honest_block(world)), world.plan, verify) == world.hotkey(BAD)
+
+
+@pytest.mark.parametrize("name", ["places that do not increase", "a place past the end"])
+def test_mean_that_took_in_places_that_there_are_not_is_proved_wrong(name: str) -> None:
+    world = World(num_senders=3, num_validators=1, codec="topk-1%")
+    assert proves_wrong_average(pack_wrong_average(**honest_block(world)), world.plan, verify) is None
+    payload = bytearray(world.payloads[1] or b"")
+    for span in world.layout.spans(0, world.layout.num_chunks):
+        for chunk in range(span.first_chunk, span.first_chunk + -(-span.num_elements // 4096)):
+            start = world.layout.byte_offset(chunk)
+            payload[start : start + 2] = payload[start + 2 : start + 4] if "increase" in name else b"\xff\xff"
+    world.crafted[1] = bytes(payload)
+    world.prepare()
+    evidence = pack_wrong_average(**honest_block(world))
+    assert proves_wrong_average(evidence, world.plan, verify) == world.hotkey(BAD)
+
+
+def test_malformed_chunk_that_its_sender_did_not_commit_to_proves_nothing() -> None:
+    world = World(num_senders=3, num_validators=1, codec="int4")
+    block = honest_block(world)
+    _, proof = block["openings"][1]
+    start, stop = (world.layout.byte_offset(chunk) for chunk in (block["start"], block["stop"]))
+    block["openings"][1] = (with_first_words(world, 1, float("nan"))[start:stop], proof)
+    assert proves_wrong_average(pack_wrong_average(**block), world.plan, verify) is None
+
+
+def test_reducer_that_takes_its_own_malformed_chunks_in_is_convicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(num_senders=3, num_validators=1, codec="int4", audit_blocks=64)
+    world.crafted[BAD] = with_first_words(world, BAD, float("nan"))
+    world.prepare()
+    scene = Scene(world, BAD, monkeypatch)
+
+    def swallow(_: Any, plan: GroupPlan, start: int, stop: int, data: Any) -> Any:
+        try:
+            return decode_sane(plan, start, stop, data)
+        except PeerFault:
+            return torch.zeros(sum(span.num_elements for span in plan.layout.spans(start, stop)))
+
+    scene.patch(reduction, "decode_sane", swallow)
+    outcomes = world.run()
+    honest = {i: outcomes[i] for i in scene.honest}
+    assert_mean(world, honest, [0, 1])
+    for outcome in honest.values():
+        assert (world.hotkey(BAD), "wrong_average") in blamed(outcome)
+        assert {hotkey for hotkey, _ in blamed(outcome)} == {world.hotkey(BAD)}
 
 
 def test_two_averages_are_proved_to_a_third_party(monkeypatch: pytest.MonkeyPatch) -> None:

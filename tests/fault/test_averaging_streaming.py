@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from averaging_attacks import Tasks
-from averaging_world import World, assert_each_chunk_is_a_mean, assert_mean, assert_same_bits, blamed
+from averaging_world import RUNNING, World, assert_each_chunk_is_a_mean, assert_mean, assert_same_bits, blamed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hivetrain.averaging import reduction
+from hivetrain.averaging import opening, reduction
 from hivetrain.averaging.codecs import CODEC_NAMES
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.means import Mean
+from hivetrain.averaging.state import RoundState
+from hivetrain.averaging.transport import LinkLost
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +100,36 @@ def test_link_that_breaks_in_mid_part_goes_on_where_it_was() -> None:
     assert all(outcome.faults == () for outcome in outcomes.values())
     again = outcomes[2].bytes_sent / outcomes[1].bytes_sent
     assert again < 1.3, "it did not start over"
+
+
+def test_sender_that_is_back_before_its_reducer_noticed_the_break_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, lost = opening.receive_mean, asyncio.Event()
+    kept_open: list[float] = []
+
+    async def lose_once(stream: Any, mean: Mean, *rest: Any) -> Any:
+        if RUNNING.get() == 2 and not lost.is_set():
+            lost.set()
+            await asyncio.sleep(0.5)  # some batches are over there
+            raise LinkLost("reset on our side of a NAT")
+        return await real(stream, mean, *rest)
+
+    async def disconnect(self: RoundState, stream: Any) -> None:
+        if RUNNING.get() == 2 and lost.is_set() and not kept_open:
+            kept_open.append(asyncio.get_running_loop().time())
+            asyncio.get_running_loop().call_later(1.5, stream.break_off)  # when the reducer gets to know
+            return
+        await hang_up(self, stream)
+
+    hang_up = RoundState.disconnect
+    monkeypatch.setattr(opening, "receive_mean", lose_once)
+    monkeypatch.setattr(RoundState, "disconnect", disconnect)
+    world = World(num_senders=3, scale=6, reducers=[0])
+    for i in range(2):
+        world.hub.script(world.peer(2), world.peer(i)).delay_s = 0.1
+    outcomes = world.run()
+    assert kept_open
+    assert_mean(world, outcomes, range(3))
+    assert all(outcome.faults == () for outcome in outcomes.values())
 
 
 def test_sender_below_the_minimum_rate_is_late(monkeypatch: pytest.MonkeyPatch) -> None:

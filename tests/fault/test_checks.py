@@ -35,6 +35,7 @@ from tests.round_kit import (
     COINS_DIGEST,
     ROUND,
     WHOLE,
+    Place,
     TrainHandler,
     Wire,
     World,
@@ -65,20 +66,6 @@ def wire() -> Iterator[Wire]:
 @pytest.fixture(scope="module")
 def honest(world: World) -> Contribution:
     return world.contribution(MINER)
-
-
-class Place:
-    """A miner's axon whose answers a test replaces."""
-
-    def __init__(self, wire: Wire, name: str) -> None:
-        self.train: TrainHandler = self._unset
-        self.info = wire.serve(name, self._answer)
-
-    async def _answer(self, synapse: Train, caller: Caller) -> TrainReply:
-        return await self.train(synapse, caller)
-
-    async def _unset(self, synapse: Train, caller: Caller) -> TrainReply:
-        raise AssertionError("no answer was set for this test")
 
 
 @pytest.fixture(scope="module")

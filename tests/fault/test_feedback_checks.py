@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from tests.round_kit import (
     RECIPE,
     ROUND,
     WHOLE,
-    TrainHandler,
+    Place,
     Wire,
     World,
     caller,
@@ -43,17 +42,6 @@ from tests.round_kit import (
 
 MINER = identity("miner")
 AVERAGING = Averaging(codec="int2", moments_codec="int8", second_moments_codec="log8")
-
-
-@dataclass(kw_only=True)
-class Place:
-    """The miner's axon, whose answers a test replaces."""
-
-    train: TrainHandler | None = None
-
-    async def answer(self, synapse: Train, caller: Caller) -> TrainReply:
-        assert self.train is not None
-        return await self.train(synapse, caller)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +57,7 @@ def wire() -> Iterator[Wire]:
 
 @pytest.fixture(scope="module")
 def place(wire: Wire) -> Place:
-    made = Place()
-    wire.serve("miner", made.answer)
-    return made
+    return Place(wire, "miner")
 
 
 def handed_in(world: World, round_number: int, remainder: Remainder | None) -> Contribution:

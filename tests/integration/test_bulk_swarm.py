@@ -71,6 +71,27 @@ def test_frames_stay_on_libp2p_where_the_endpoint_is_dead_and_the_opener_has_non
     asyncio.run(main())
 
 
+def test_peer_that_names_no_address_is_asked_over_the_connection_that_it_made() -> None:
+    async def main() -> None:
+        here = Swarm([], [LOOPBACK])
+        await here.start()
+        there = Swarm(here.visible_maddrs(), [LOOPBACK], client_mode=True)
+        try:
+            await there.start()
+            here.set_acceptor(echo, {there.peer_id})
+            there.set_acceptor(echo, {here.peer_id})
+            await there_and_back(here, there)
+            stream = await here.open(there.peer_id, (), 20.0)
+            await stream.send(FRAME)
+            assert await stream.receive(1 << 20) == FRAME
+            await stream.close()
+        finally:
+            await there.close()
+            await here.close()
+
+    asyncio.run(main())
+
+
 def test_peer_behind_a_dead_endpoint_dials_back() -> None:
     async def main() -> None:
         here = Swarm([], [LOOPBACK], announce_bulk=["127.0.0.1:9"])

@@ -6,15 +6,19 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hivetrain.errors import ServiceError
+from hivetrain.manifest import Ref
+from hivetrain.progress import phase_at
 from hivetrain.tracking.events import EventReader
 from neurons.leading import LeadingNeuron
+from template.anchor import find_base
 from template.participant import Participation
 from tests.failover_kit import END, POSITION, ROUND_END, SCHEDULE, START, Failover, open_failover, wait_for
-from tests.round_kit import shared_world
+from tests.round_kit import ROUND, shared_world
 
 PATIENCE = SCHEDULE.leader_patience
 
@@ -230,6 +234,70 @@ def test_a_leader_that_goes_on_when_the_round_is_over_publishes_nothing(alone: F
     publish(*waiting[0])
     assert net.epoch() is None
     assert said(leader) == ["attempt_failed"]
+
+
+def test_a_leader_whose_upload_outlasts_the_round_tags_nothing(alone: Failover) -> None:
+    net, leader = alone, alone.validators[0]
+    store = net.world.store
+    resolve, publish = store.resolve, store.publish
+
+    def upload_slowly(*arguments: Any) -> Ref:
+        net.clock.turn(ROUND_END)  # as long as the last byte takes
+        return publish(*arguments)
+
+    store.publish = upload_slowly  # type: ignore[method-assign]
+    net.run(*net.miners, leader)
+    net.clock.turn(START)
+    net.join(leader)
+    assert resolve(1) is None
+    assert said(leader) == ["attempt_failed"]
+    assert net.anchored() == set()
+
+
+def test_a_round_that_failed_wholly_publishes_nothing_keeps_its_base_and_the_next_one_works(alone: Failover) -> None:
+    net, leader, base = alone, alone.validators[0], alone.world.base
+    everyone, made = [*net.miners, leader], [miner.board.contribution for miner in net.miners]
+    first_block = START - SCHEDULE.round_blocks
+    before = phase_at(first_block, SCHEDULE)
+    for neuron in everyone:
+        neuron.leaders.learn(before.round, "0xdef", neuron.validators())
+        neuron.begin_round(before, base)  # nobody has handed anything in: all refuse the leader's call
+    net.clock.block = first_block
+    leader.average_group(before, base, net.notes)
+    assert leader.exchanges[0].done.state is None
+    assert (net.epoch(), net.anchored(), said(leader)) == (None, set(), ["attempt_failed"])
+    for neuron in everyone:
+        assert find_base(neuron.read_anchors(), POSITION.round_start, neuron.store.resolve, lambda _: None) == base
+        assert neuron.held is not None
+        assert neuron.held.ref == base
+        neuron.begin_round(POSITION, base)
+    for miner, contribution in zip(net.miners, made, strict=True):
+        assert contribution is not None
+        miner.board.commit(contribution)
+    net.run(*net.miners, leader)
+    net.clock.turn(START)
+    net.join(leader)
+    assert len(net.published().manifest.members) == 3
+    assert net.adopt_everywhere() == ["computed"] * 4
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_an_anchor_of_junk_stops_no_stand_by(net: Failover, on_hub: bool) -> None:
+    leader, standby = net.validators
+    net.kill(leader)
+    net.run(*net.miners, standby)
+    net.clock.turn(START)
+    junk = "ab" * 32
+    if on_hub:  # with a tag, too, but nobody's signature
+        manifest = net.world.base.manifest.model_copy(update={"epoch": 1, "round": ROUND, "nonce": "cd" * 16})
+        files = {name: net.world.store.read(net.world.base, name) for name in manifest.files}
+        junk = net.world.store.publish(manifest, files).manifest_sha256
+    leader.announce(epoch=1, manifest=junk)
+    net.turn_until(START + 1, lambda: standby.exchanges, last=END - 1)
+    assert (net.clock.block, standby.exchanges[0].plan.attempt) == (START + PATIENCE, 1)
+    net.join(standby)
+    if not on_hub:
+        assert net.published().manifest.leader == standby.identity.hotkey
 
 
 def test_a_leader_that_comes_back_after_the_next_one_has_begun_is_refused_by_everyone(net: Failover) -> None:

@@ -6,23 +6,11 @@ import asyncio
 import os
 import random
 import socket
-from collections.abc import Callable, Coroutine
 
 import pytest
 
 from bench.links import FIRST_WINDOW_BYTES, MAX_WINDOW_BYTES, SEGMENT_BYTES, LinkProxy, PeerLink, Pipe, Window
-
-DEADLINE_S = 20.0
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not others, "no task is left"
-
-    asyncio.run(limited())
+from tests.async_kit import run
 
 
 def test_bytes_leave_a_pipe_at_its_rate_one_after_another() -> None:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 
 import pytest
 
 from hivetrain.averaging import bulk_listener
 from hivetrain.averaging.bulk_listener import MAGIC, BulkListener, dial
 from hivetrain.averaging.sealing import SessionKeys
+from tests.async_kit import run
 
 KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
 OTHER = SessionKeys.derive(b"c" * 32, b"d" * 32, "opener", "acceptor")
-DEADLINE_S = 10.0
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not others, "no task is left"
-
-    asyncio.run(limited())
 
 
 @contextlib.asynccontextmanager

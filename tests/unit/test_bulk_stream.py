@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -14,9 +14,9 @@ from hivetrain.averaging.framing import RECORD_BYTES, Clear, FrameStream
 from hivetrain.averaging.sealing import TAG_BYTES, Sealer, SessionKeys
 from hivetrain.averaging.transport import MAX_FRAME_BYTES, LinkLost
 from hivetrain.errors import Fault, PeerFault
+from tests.async_kit import run
 
 KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
-DEADLINE_S = 10.0
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -45,14 +45,6 @@ async def streams() -> AsyncIterator[tuple[FrameStream, FrameStream]]:
     finally:
         for end in ends:
             end.end()
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-
-    asyncio.run(limited())
 
 
 def sealed(*frames: bytes) -> list[bytes]:
@@ -147,14 +139,41 @@ def test_frame_past_the_limit_cannot_be_sent() -> None:
     run(main)
 
 
-def test_frame_longer_than_allowed_is_refused_on_its_length_alone() -> None:
+def test_frame_longer_than_allowed_is_refused_at_its_first_record() -> None:
     async def main() -> None:
         with pytest.raises(PeerFault) as refused:
-            await received_from((11).to_bytes(4, "big"), 1, max_bytes=10)
+            await received_from(sealed(bytes(11))[0], 1, max_bytes=10)
         assert refused.value.fault is Fault.OVERSIZED
+        header, record = b"\xff" * 4, bytes(RECORD_BYTES)
+        wrapped = bytearray(RECORD_BYTES + TAG_BYTES)
+        Sealer(KEYS.opener_key).wrap(record, header, memoryview(wrapped))
         with pytest.raises(PeerFault) as refused:
-            await received_from((0xFFFFFFFF).to_bytes(4, "big"), 1, max_bytes=1 << 40)
+            await received_from(header + bytes(wrapped), 1, max_bytes=1 << 40)
         assert refused.value.fault is Fault.OVERSIZED
+
+    run(main)
+
+
+@pytest.mark.parametrize("rest", [b"", sealed(bytes(9))[0][4:], bytes(RECORD_BYTES + TAG_BYTES)])
+def test_length_that_its_peer_did_not_seal_is_blamed_on_nobody(rest: bytes) -> None:
+    async def main() -> None:
+        with pytest.raises(LinkLost):
+            await received_from(b"\xff" * 4 + rest, 1, max_bytes=10)
+
+    run(main)
+
+
+def test_length_on_a_stream_that_is_not_ours_to_seal_is_refused_alone() -> None:
+    async def main() -> None:
+        near, far = tcp_pair()
+        with near:
+            stream = FrameStream("opener", far, Clear(), Clear())
+            near.send((11).to_bytes(4, "big"))
+            for _ in range(2):
+                with pytest.raises(PeerFault) as refused:
+                    await stream.receive(10)
+                assert refused.value.fault is Fault.OVERSIZED
+            stream.end()
 
     run(main)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import msgpack
@@ -13,21 +14,21 @@ import pytest
 
 from hivetrain.averaging import bulk_listener, upgrade
 from hivetrain.averaging.bulk_listener import BulkListener, Endpoint
+from hivetrain.averaging.dialling import (
+    FIRST_REST_S,
+    LONGEST_REST_S,
+    MAX_ENDPOINTS,
+    MAX_REMEMBERED,
+    DialMemory,
+    candidates,
+)
 from hivetrain.averaging.memory import MemoryHub
 from hivetrain.averaging.transport import LinkLost, Stream
-from hivetrain.averaging.upgrade import Choice, Hello, Offer, Reach, Upgrade, answer_upgrade, candidates, offer_upgrade
+from hivetrain.averaging.upgrade import Choice, Hello, Offer, Reach, Upgrade, answer_upgrade, offer_upgrade
+from tests.async_kit import run
 
-DEADLINE_S = 10.0
 HOSTS = ["127.0.0.1"]
 SECRET = b"s" * 32
-
-
-def run(main: Callable[[], Coroutine[None, None, None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            await main()
-
-    asyncio.run(limited())
 
 
 @dataclass(slots=True)
@@ -40,10 +41,10 @@ class World:
     acceptor: Reach
 
     async def agree(
-        self, opener_hosts: list[str] = HOSTS, acceptor_hosts: list[str] = HOSTS, try_dial: bool = True
+        self, opener_hosts: list[str] = HOSTS, acceptor_hosts: list[str] = HOSTS
     ) -> tuple[Upgrade, Upgrade]:
         async with asyncio.TaskGroup() as group:
-            offered = group.create_task(offer_upgrade(self.near, self.opener, opener_hosts, try_dial))
+            offered = group.create_task(offer_upgrade(self.near, self.opener, opener_hosts))
             answered = group.create_task(answer_upgrade(self.far, self.acceptor, acceptor_hosts))
         return offered.result(), answered.result()
 
@@ -111,7 +112,7 @@ def test_opener_dials_the_acceptor() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("why", ["not listening", "unknown address", "dead port", "not tried"])
+@pytest.mark.parametrize("why", ["not listening", "unknown address", "dead port"])
 def test_acceptor_dials_back_where_the_opener_cannot_dial(why: str) -> None:
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -120,9 +121,7 @@ def test_acceptor_dials_back_where_the_opener_cannot_dial(why: str) -> None:
             acceptor_port=why != "not listening", acceptor_endpoints=[dead] if why == "dead port" else None
         ) as here:
             hosts = [] if why == "unknown address" else HOSTS
-            offered, answered = await here.agree(opener_hosts=hosts, try_dial=why != "not tried")
-            assert offered.unreachable == (why == "dead port")
-            await assert_joined(offered, answered)
+            await assert_joined(*await here.agree(opener_hosts=hosts))
 
     run(main)
 
@@ -255,4 +254,60 @@ def test_a_peer_is_dialled_at_no_address_but_its_own() -> None:
     assert candidates(offered, []) == []
     assert candidates([], ["192.0.2.7"]) == []
     many = [("192.0.2.7", port) for port in range(1, 30)]
-    assert len(candidates(many, ["192.0.2.7"])) == upgrade.MAX_ENDPOINTS
+    assert len(candidates(many, ["192.0.2.7"])) == MAX_ENDPOINTS
+
+
+@pytest.mark.parametrize("side", ["opener", "acceptor"])
+def test_an_endpoint_that_did_not_answer_is_left_in_peace_by_either_side(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled: list[Endpoint] = []
+    clock = [0.0]
+
+    async def filtered(place: Endpoint, *_: object) -> socket.socket:
+        dialled.append(place)
+        raise TimeoutError
+
+    monkeypatch.setattr("hivetrain.averaging.dialling.dial", filtered)
+    place = ("127.0.0.1", 9)
+
+    async def main() -> None:
+        memory = DialMemory(lambda: clock[0])
+        ports = {"opener_endpoints": [] if side == "opener" else [place]}
+        ports["acceptor_endpoints"] = [place] if side == "opener" else []
+        for clock[0], tries in ((0.0, 1), (FIRST_REST_S - 1, 1), (FIRST_REST_S, 2)):
+            async with world(**ports) as here:
+                here.opener = dataclasses.replace(here.opener, memory=memory)
+                here.acceptor = dataclasses.replace(here.acceptor, memory=memory)
+                offered, answered = await here.agree()
+            assert (offered.sock, answered.sock, dialled) == (None, None, [place] * tries)
+
+    run(main)
+
+
+def test_an_endpoint_rests_longer_each_time_and_for_its_own_peer_alone() -> None:
+    now = 0.0
+    memory = DialMemory(lambda: now)
+    place = ("192.0.2.7", 1)
+    rests = []
+    for _ in range(7):
+        memory.failed("peer", place)
+        memory.failed("peer", place)  # of another stream, at once
+        began = now
+        while not memory.worth_dialling("peer", [place]):
+            now += FIRST_REST_S
+        rests.append(now - began)
+        assert memory.worth_dialling("another", [place]) == [place]
+    assert rests == [60.0, 120.0, 240.0, 480.0, 960.0, LONGEST_REST_S, LONGEST_REST_S]
+    memory.failed("peer", place)
+    memory.answered("peer", place)
+    assert memory.worth_dialling("peer", [place]) == [place]
+
+
+def test_peers_without_end_fill_no_memory() -> None:
+    memory = DialMemory()
+    place = ("192.0.2.7", 1)
+    for number in range(MAX_REMEMBERED + 1):
+        memory.failed(f"peer-{number}", place)
+    assert memory.worth_dialling("peer-0", [place]) == [place]
+    assert memory.worth_dialling(f"peer-{MAX_REMEMBERED}", [place]) == []

@@ -72,6 +72,16 @@ def test_lists_come_repeated_or_with_commas_from_flag_and_environment() -> None:
     assert len(parse_config([], "miner", environ).dht.initial_peers) == 2
 
 
+def test_the_path_of_the_bytes_can_be_set() -> None:
+    dht = parse_config([], "miner", {}).dht
+    assert (dht.bulk, dht.bulk_port, dht.announce_bulk) == (True, None, ())
+    flags = ["--no-dht.bulk", "--dht.bulk_port", "9", "--dht.announce_bulk", "203.0.113.5:7,2001:db8::1:8"]
+    dht = parse_config(flags, "miner", {}).dht
+    assert (dht.bulk, dht.bulk_port, dht.announce_bulk) == (False, 9, ("203.0.113.5:7", "2001:db8::1:8"))
+    announced = parse_config([], "miner", {"HIVETRAIN_DHT__ANNOUNCE_BULK": "203.0.113.5:7,203.0.113.6:7"}).dht
+    assert announced.announce_bulk == ("203.0.113.5:7", "203.0.113.6:7")
+
+
 def test_switches_can_be_turned_off() -> None:
     config = parse_config(["--no-blacklist.force_validator_permit", "--neuron.axon_off"], "validator", {})
     assert not config.blacklist.force_validator_permit
@@ -92,6 +102,9 @@ def test_switches_can_be_turned_off() -> None:
         (["--neuron.moving_average_alpha", "2"], ["--neuron.moving_average_alpha", "less than or equal to 1"]),
         (["--neuron.timeout", "nan"], ["--neuron.timeout", "'nan'"]),
         (["--dht.host_maddrs", "1.2.3.4:5"], ["--dht.host_maddrs", "multiaddress"]),
+        (["--dht.announce_bulk", "example.org:80"], ["--dht.announce_bulk", "203.0.113.5:32337", "example.org"]),
+        (["--dht.announce_bulk", "[2001:db8::1]:80"], ["without brackets"]),
+        (["--dht.bulk_port", "70000"], ["--dht.bulk_port", "65535"]),
         (["--hub.endpoint", "localhost:80"], ["--hub.endpoint", "localhost:80"]),
         (["--hub.repo", "noslash"], ["--hub.repo", "noslash"]),
         (["--config", "/nowhere/x.toml"], ["--config", "/nowhere/x.toml", "No such file"]),

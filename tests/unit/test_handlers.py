@@ -309,6 +309,8 @@ def test_a_call_that_does_not_fit_is_refused_with_its_reason(
     world: World, contribution: Contribution, board: Board, handlers: Handlers, change: Changed, says: str
 ) -> None:
     assert says in refusal(handlers, board, change(world, make_plan(world, contribution)))
+    # A stand-by waits for a leader that it has heard: not for one whose plan it refuses.
+    assert board.heard == (0 if change is without_me else -1)
 
 
 def test_a_sender_that_committed_to_nothing_is_refused(world: World, contribution: Contribution) -> None:

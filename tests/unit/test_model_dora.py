@@ -10,26 +10,9 @@ from torch import nn
 
 from hivetrain import run
 from hivetrain.errors import ConfigError
-from hivetrain.model import FlatVector, attach_adapter, load_base
+from hivetrain.model import FlatVector, attach_adapter
 from hivetrain.model.dora import FactoredDora
-
-TINY = run.Model(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128)
-
-
-def llama() -> Any:
-    return load_base(TINY, None, 128)
-
-
-def gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=2))
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+from tests.model_kit import gpt2, llama, tokens
 
 
 def trainable(model: nn.Module) -> set[str]:

@@ -10,29 +10,13 @@ import torch
 from torch import nn
 
 from hivetrain import run
-from hivetrain.model import FlatVector, adapted_layers, assemble, attach_adapter, base_tensors, load_base
+from hivetrain.model import FlatVector, adapted_layers, assemble, attach_adapter, base_tensors
 from hivetrain.model.draws import signs
 from hivetrain.model.linear import LinearDora, frozen_a
 from hivetrain.run import Recipe
+from tests.model_kit import TINY, gpt2, llama, tokens
 
-TINY = run.Model(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, vocab_size=128)
 LINEAR = run.Adapter(kind="dora_linear")
-
-
-def llama() -> Any:
-    return load_base(TINY, None, 128)
-
-
-def gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=2))
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def stirred(layer: LinearDora, seed: int = 1) -> LinearDora:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -58,11 +59,19 @@ def led_by(
     weights: dict[str, float] | None = None,
     included: dict[str, float] | None = None,
     faults: tuple[FaultRecord, ...] = (),
+    roots: Mapping[str, str] = MappingProxyType({}),
 ) -> Led:
     """What leading gave: three members of weight 100 and the leader, who sends nothing."""
     weights = WEIGHTS if weights is None else weights
     members = tuple(
-        Member(hotkey=hotkey, peer_id=hotkey, maddrs=(), weight=weight, reduces=True, root=b"\x00" * 32)
+        Member(
+            hotkey=hotkey,
+            peer_id=hotkey,
+            maddrs=(),
+            weight=weight,
+            reduces=True,
+            root=bytes.fromhex(roots.get(hotkey, "00" * 32)),
+        )
         for hotkey, weight in weights.items()
     )
     seat = Member(hotkey=VALIDATOR.hotkey, peer_id="leader", maddrs=(), weight=0.0, reduces=True)
@@ -163,9 +172,13 @@ def publish(
     )
 
 
+def roots_of(receipts: Mapping[str, Receipt]) -> dict[str, str]:
+    return {hotkey: receipt.payload_root for hotkey, receipt in receipts.items()}
+
+
 def test_the_manifest_names_the_members_receipts_and_what_its_mean_lacks(world: World, next_state: State) -> None:
     receipts = {one.hotkey: world.contribution(one, rank).receipt for rank, one in enumerate(MEMBERS.values())}
-    led = led_by(world, next_state, included={A: 1.0, B: 0.5, C: 0.0})
+    led = led_by(world, next_state, included={A: 1.0, B: 0.5, C: 0.0}, roots=roots_of(receipts))
     assert led.done.outcome is not None
     outcome = dataclasses.replace(led.done.outcome, left_out={B: ((0, 2), (5, 6))})
     led = dataclasses.replace(led, done=dataclasses.replace(led.done, outcome=outcome))
@@ -175,9 +188,17 @@ def test_the_manifest_names_the_members_receipts_and_what_its_mean_lacks(world: 
     assert parse_manifest(manifest.to_bytes()) == manifest
 
 
+def test_a_receipt_of_another_vector_than_the_plans_is_not_named(world: World, next_state: State) -> None:
+    receipts = {one.hotkey: world.contribution(one, rank).receipt for rank, one in enumerate(MEMBERS.values())}
+    led = led_by(world, next_state, roots={**roots_of(receipts), B: "ff" * 32})
+    manifest = publish(world, led, MemoryStore(), receipts).manifest
+    assert set(manifest.receipts) == {A, C}
+    assert B in manifest.members
+
+
 def test_who_was_left_out_in_too_many_places_is_not_named(world: World, next_state: State) -> None:
     receipts = {one.hotkey: world.contribution(one, rank).receipt for rank, one in enumerate(MEMBERS.values())}
-    led = led_by(world, next_state)
+    led = led_by(world, next_state, roots=roots_of(receipts))
     assert led.done.outcome is not None
     runs = tuple((2 * i, 2 * i + 1) for i in range(MAX_RUNS + 1))
     outcome = dataclasses.replace(led.done.outcome, left_out={A: runs, B: runs[1:]})
