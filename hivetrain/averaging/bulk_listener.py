@@ -14,7 +14,7 @@ import ipaddress
 import logging
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,15 @@ logger = logging.getLogger(__name__)
 Endpoint = tuple[str, int]
 """An IP address in text, and a port."""
 
+Taker = Callable[[socket.socket, SessionKeys], None]
+
 MAGIC = b"HTBULK/1"
 TOKEN_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 1.5
 READY_TIMEOUT_S = 3.0
 MAX_STRANGERS = 64
 MAX_PENDING = 1024  # tokens that are waited for at once
+MAX_STANDING = 8192  # tickets, of 32 for each path that was agreed on
 BACKLOG = 128
 ACCEPT_PAUSE_S = 0.1  # when the process is out of file descriptors
 _ID_BYTES = 16  # of a token: what it is looked up by; the rest is compared in constant time
@@ -53,6 +56,17 @@ class Arrival:
         return sock
 
 
+class _Standing(Arrival):
+    """A ticket that may be presented at any time."""
+
+    def __init__(self, keys: SessionKeys, taker: Taker) -> None:
+        super().__init__(keys)
+        self._taker = taker
+
+    def put(self, sock: socket.socket) -> None:
+        self._taker(sock, self.keys)
+
+
 class BulkListener:
     """Listens on one port per address, and hands over who presents an expected token.
 
@@ -65,6 +79,7 @@ class BulkListener:
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._arrivals: dict[bytes, Arrival] = {}
+        self._standing: dict[bytes, Arrival] = {}  # the oldest first
         self._strangers: dict[asyncio.Task[bool], str] = {}  # in the order in which they came
 
     @property
@@ -103,6 +118,17 @@ class BulkListener:
             sock.close()
         self._accepting, self._sockets = [], []
         self._arrivals.clear()
+        self._standing.clear()
+
+    def stand_by(self, tickets: Sequence[SessionKeys], taker: Taker) -> None:
+        """Give ``taker`` the connection, and the keys, of whoever presents one of the tokens, once each.
+
+        The oldest of too many tickets are forgotten: who presents one must agree on a path anew.
+        """
+        for keys in tickets:
+            self._standing[keys.token[:_ID_BYTES]] = _Standing(keys, taker)
+        while len(self._standing) > MAX_STANDING:
+            del self._standing[next(iter(self._standing))]
 
     @contextlib.contextmanager
     def expect(self, keys: SessionKeys) -> Iterator[Arrival | None]:
@@ -131,7 +157,7 @@ class BulkListener:
                 logger.warning("bulk transfers cannot accept: %s", exc)
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
-            if not self._arrivals:
+            if not self._arrivals and not self._standing:
                 sock.close()
                 continue
             if len(self._strangers) >= MAX_STRANGERS:
@@ -162,11 +188,12 @@ class BulkListener:
 
     def _take(self, sock: socket.socket, greeting: bytes) -> bool:
         token = greeting[len(MAGIC) :]
-        arrival = self._arrivals.get(token[:_ID_BYTES])
+        expected = self._standing if token[:_ID_BYTES] in self._standing else self._arrivals
+        arrival = expected.get(token[:_ID_BYTES])
         if not greeting.startswith(MAGIC) or arrival is None or not hmac.compare_digest(token, arrival.keys.token):
             logger.debug("a bulk connection presented a token that is not waited for")
             return False
-        del self._arrivals[token[:_ID_BYTES]]
+        del expected[token[:_ID_BYTES]]
         if sock.send(arrival.keys.ready) != READY_BYTES:
             return False
         arrival.put(sock)
@@ -244,6 +271,11 @@ def _configure(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def endpoint_of(sock: socket.socket) -> Endpoint:
+    """Where a connection leads."""
+    return _endpoint(sock.getpeername())
 
 
 def _endpoint(address: Sequence[object]) -> Endpoint:

@@ -12,7 +12,7 @@ Sources: AES-GCM as in NIST SP 800-38D; HKDF as in RFC 5869.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import msgpack
 from cryptography.exceptions import InvalidTag
@@ -47,16 +47,24 @@ class SessionKeys:
 
     @classmethod
     def derive(
-        cls, opener_secret: bytes, acceptor_secret: bytes, opener_peer_id: str, acceptor_peer_id: str
-    ) -> SessionKeys:
-        """Keys from both ends' randomness, bound to both peer ids."""
+        cls,
+        opener_secret: bytes,
+        acceptor_secret: bytes,
+        opener_peer_id: str,
+        acceptor_peer_id: str,
+        num_tickets: int = 0,
+    ) -> tuple[SessionKeys, ...]:
+        """Keys from both ends' randomness, bound to both peer ids: the stream's, then so many tickets' (`tickets`)."""
         info = msgpack.packb(["hivetrain-bulk/1", opener_peer_id, acceptor_peer_id])
         sizes = (TOKEN_BYTES, READY_BYTES, _KEY_BYTES, _KEY_BYTES)
-        hkdf = HKDF(algorithm=SHA256(), length=sum(sizes), salt=None, info=info)
+        hkdf = HKDF(algorithm=SHA256(), length=(1 + num_tickets) * sum(sizes), salt=None, info=info)
         derived = memoryview(hkdf.derive(opener_secret + acceptor_secret))
-        ends = list(accumulate(sizes))
-        token, ready, opener_key, acceptor_key = (bytes(derived[e - n : e]) for e, n in zip(ends, sizes, strict=True))
-        return cls(token=token, ready=ready, opener_key=opener_key, acceptor_key=acceptor_key)
+        keys = []
+        for first in range(0, len(derived), sum(sizes)):
+            ends = list(accumulate(sizes, initial=first))
+            token, ready, opener_key, acceptor_key = (bytes(derived[a:b]) for a, b in pairwise(ends))
+            keys.append(cls(token=token, ready=ready, opener_key=opener_key, acceptor_key=acceptor_key))
+        return tuple(keys)
 
 
 class Sealer:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import time
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from hivetrain.averaging.addresses import (
     listen_endpoints,
     parse_endpoint,
 )
-from hivetrain.averaging.bulk_listener import BulkListener, Endpoint
+from hivetrain.averaging.bulk_listener import BulkListener, Endpoint, dial, endpoint_of
+from hivetrain.averaging.daemon import detach, hush_the_daemons_end
 from hivetrain.averaging.framing import Clear, FrameStream
-from hivetrain.averaging.sealing import Sealer
+from hivetrain.averaging.sealing import Sealer, SessionKeys
+from hivetrain.averaging.tickets import TicketBook
 from hivetrain.averaging.transport import Acceptor, LinkLost, Stream, Traffic
 from hivetrain.averaging.upgrade import Reach, answer_upgrade, offer_upgrade
 from hivetrain.errors import ConfigError, ServiceError
@@ -47,7 +49,6 @@ CLOSE_TIMEOUT_S = 5.0
 DHT_TIMEOUT_S = 15.0
 MAX_VALUE_BYTES = 16 << 10
 MAX_VALUES = 1024
-MAX_EARLY_BYTES = 256 << 10
 MAX_NEGOTIATIONS = 64  # that one peer may have under way with us
 MAX_ALL_NEGOTIATIONS = 1024
 
@@ -95,6 +96,7 @@ class Swarm:
         self._listener: BulkListener | None = None
         self._reach: Reach | None = None
         self._links: set[FrameStream] = set()
+        self._tickets = TicketBook()
         self._negotiating: Counter[str] = Counter()
         self.bulk_traffic = Traffic()
         self.libp2p_traffic = Traffic()
@@ -220,6 +222,8 @@ class Swarm:
         hivemind = _import_hivemind()
         try:
             async with asyncio.timeout(timeout_s):
+                if (known := await self._open_known(peer_id)) is not None:
+                    return known
                 peer = hivemind.PeerID.from_base58(peer_id)
                 await p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
                 info, reader, writer = await p2p.call_binary_stream_handler(peer, PROTOCOL)
@@ -230,10 +234,39 @@ class Swarm:
                 raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
             raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
 
+    async def _open_known(self, peer_id: str) -> FrameStream | None:
+        """A stream for a ticket; None where there is none, or it is not taken."""
+        ticket = self._tickets.take(peer_id)
+        if ticket is None or self._reach is None:
+            return None
+        endpoint, keys = ticket
+        try:
+            sock = await dial(endpoint, keys, self._reach.source)
+        except (OSError, TimeoutError) as exc:
+            logger.debug("swarm: %s:%d takes no ticket of ours: %r", *endpoint, exc)
+            self._tickets.drop(peer_id)
+            return None
+        return self._bulk_stream(peer_id, sock, keys.opener_key, keys.acceptor_key)
+
+    def _accept_known(self, peer_id: str, sock: socket.socket, keys: SessionKeys) -> None:
+        """A peer presented a ticket."""
+        if not self._may_negotiate(peer_id):
+            sock.close()
+            return
+        stream = self._bulk_stream(peer_id, sock, keys.acceptor_key, keys.opener_key)
+        task = asyncio.create_task(self._serve(stream))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    def _bulk_stream(self, peer_id: str, sock: socket.socket, outgoing: bytes, incoming: bytes) -> FrameStream:
+        stream = self._own(FrameStream(peer_id, sock, Sealer(outgoing), Sealer(incoming), on_end=self._links.discard))
+        stream.count_into(self.bulk_traffic)
+        return stream
+
     async def _take_over(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FrameStream:
         """A stream of the daemon's, with its socket out of asyncio's hands."""
         try:
-            sock, early = await _detach(reader, writer)
+            sock, early = await detach(reader, writer)
         except (OSError, RuntimeError) as exc:  # RuntimeError: it is closing
             raise LinkLost(f"the stream to {info.peer_id.to_base58()} ended as it began: {exc}") from exc
         return self._own(FrameStream(info.peer_id.to_base58(), sock, Clear(), Clear(), early, self._links.discard))
@@ -259,11 +292,13 @@ class Swarm:
         if agreed.sock is None:
             stream.count_into(self.libp2p_traffic)
             return stream
-        sealers = Sealer(agreed.outgoing), Sealer(agreed.incoming)
-        bulk = self._own(FrameStream(peer_id, agreed.sock, *sealers, on_end=self._links.discard))
-        bulk.count_into(self.bulk_traffic)
+        if opening:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._tickets.put(peer_id, endpoint_of(agreed.sock), agreed.tickets)
+        elif agreed.tickets and self._listener is not None:
+            self._listener.stand_by(agreed.tickets, partial(self._accept_known, peer_id))
         await stream.close()
-        return bulk
+        return self._bulk_stream(peer_id, agreed.sock, agreed.outgoing, agreed.incoming)
 
     async def _on_stream(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer_id = info.peer_id.to_base58()
@@ -297,16 +332,20 @@ class Swarm:
     async def _answer(self, stream: FrameStream, hosts: Sequence[str]) -> None:
         peer_id = stream.remote_peer_id
         try:
-            try:
-                stream = await self._upgrade(stream, hosts, opening=False)
-            finally:
-                self._end_negotiation(peer_id)
-            if self._acceptor is not None:
-                await self._acceptor(stream)
+            stream = await self._upgrade(stream, hosts, opening=False)
         except LinkLost as exc:
             logger.debug("swarm: a stream of %s ended before it began: %s", peer_id, exc)
+            return
+        finally:
+            self._end_negotiation(peer_id)
+        await self._serve(stream)
+
+    async def _serve(self, stream: FrameStream) -> None:
+        try:
+            if self._acceptor is not None:
+                await self._acceptor(stream)
         except Exception:  # the boundary: one stream must not end the node
-            logger.exception("swarm: a stream of %s failed", peer_id)
+            logger.exception("swarm: a stream of %s failed", stream.remote_peer_id)
         finally:
             await stream.close()
 
@@ -378,38 +417,6 @@ def _import_hivemind() -> Any:
             warnings.simplefilter("ignore")
             _hivemind = _Hivemind()
     return _hivemind
-
-
-def hush_the_daemons_end(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler: that hivemind's reader lost its daemon is no news, `Swarm.alive` tells it.
-
-    Ctrl-C in a terminal ends the daemon before us, and the reader's task would leave a traceback behind.
-    """
-    task, exc = context.get("future"), context.get("exception")
-    coroutine = task.get_coro() if isinstance(task, asyncio.Task) else None
-    reads = getattr(coroutine, "__name__", "") == "_read_from_persistent_conn"
-    if reads and isinstance(exc, ConnectionError):
-        logger.debug("swarm: the connection to our daemon ended: %r", exc)
-    else:
-        loop.default_exception_handler(context)
-
-
-async def _detach(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[socket.socket, bytes]:
-    """The socket of an asyncio stream, taken from it, and what had been read from it already.
-
-    Raises:
-        OSError, RuntimeError: it is ending.
-    """
-    writer.transport.pause_reading()  # type: ignore[attr-defined]
-    early = b""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0):
-            while piece := await reader.read(MAX_EARLY_BYTES):  # returns at once, or waits and is stopped
-                early += piece
-    sock = socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
-    sock.setblocking(False)
-    writer.transport.abort()
-    return sock, early
 
 
 def _require_maddr(hivemind: Any, maddr: str) -> None:

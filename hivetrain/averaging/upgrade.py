@@ -33,6 +33,7 @@ from hivetrain.errors import PeerFault
 
 MAX_MESSAGE_BYTES = 4 << 10
 NEGOTIATION_TIMEOUT_S = 15.0
+NUM_TICKETS = 32
 
 Secret = Annotated[bytes, Field(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
 Host = Annotated[str, Field(max_length=64)]
@@ -106,11 +107,13 @@ class Upgrade:
     Attributes:
         sock: the new path, the holder's to close; None: frames stay on the libp2p stream.
         outgoing, incoming: keys of the two directions.
+        tickets: for more streams of the same opener; none where it was not the opener that dialled.
     """
 
     sock: socket.socket | None
     outgoing: bytes
     incoming: bytes
+    tickets: tuple[SessionKeys, ...] = ()
 
 
 async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> Upgrade:
@@ -126,8 +129,12 @@ async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> U
     async with _negotiation(stream):
         await _say(stream, Hello(secret=secret, endpoints=list(reach.endpoints)[:MAX_ENDPOINTS]))
         offer = await receive(stream, Offer, max_bytes=MAX_MESSAGE_BYTES)
-        keys = SessionKeys.derive(secret, offer.secret, reach.peer_id, stream.remote_peer_id)
+        keys, *tickets = SessionKeys.derive(
+            secret, offer.secret, reach.peer_id, stream.remote_peer_id, num_tickets=NUM_TICKETS
+        )
         sock = await _dial(stream, reach, offer.endpoints, hosts, keys)
+        if sock is None:
+            tickets = []
         if sock is None and reach.listener is not None and reach.endpoints:
             with reach.listener.expect(keys) as arrival:
                 await _say(stream, DialBack())
@@ -135,7 +142,7 @@ async def offer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> U
                 sock = arrival.take() if arrival and dialled.reached else None
         with _closed_on_error(sock):
             await _say(stream, Choice(bulk=sock is not None))
-    return Upgrade(sock=sock, outgoing=keys.opener_key, incoming=keys.acceptor_key)
+    return Upgrade(sock=sock, outgoing=keys.opener_key, incoming=keys.acceptor_key, tickets=tuple(tickets))
 
 
 async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> Upgrade:
@@ -147,12 +154,15 @@ async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> 
     async with _negotiation(stream):
         hello = await receive(stream, Hello, max_bytes=MAX_MESSAGE_BYTES)
         secret, sock = secrets.token_bytes(SECRET_BYTES), None
-        keys = SessionKeys.derive(hello.secret, secret, stream.remote_peer_id, reach.peer_id)
+        keys, *tickets = SessionKeys.derive(
+            hello.secret, secret, stream.remote_peer_id, reach.peer_id, num_tickets=NUM_TICKETS
+        )
         with reach.listener.expect(keys) if reach.listener else contextlib.nullcontext() as arrival:
             endpoints = list(reach.endpoints)[:MAX_ENDPOINTS] if arrival else []
             await _say(stream, Offer(secret=secret, endpoints=endpoints))
             message = await receive(stream, Choice, DialBack, max_bytes=MAX_MESSAGE_BYTES)
             if isinstance(message, DialBack):
+                tickets = []
                 sock = await _dial(stream, reach, hello.endpoints, hosts, keys)
                 with _closed_on_error(sock):
                     await _say(stream, Dialled(reached=sock is not None))
@@ -165,7 +175,8 @@ async def answer_upgrade(stream: Stream, reach: Reach, hosts: Sequence[str]) -> 
                 sock = None
             if message.bulk:
                 raise LinkLost(f"peer {stream.remote_peer_id} chose a connection that there is not")
-    return Upgrade(sock=sock, outgoing=keys.acceptor_key, incoming=keys.opener_key)
+    ours = tuple(tickets) if sock is not None else ()
+    return Upgrade(sock=sock, outgoing=keys.acceptor_key, incoming=keys.opener_key, tickets=ours)
 
 
 async def _dial(

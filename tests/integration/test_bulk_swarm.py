@@ -71,6 +71,44 @@ def test_frames_stay_on_libp2p_where_the_endpoint_is_dead_and_the_opener_has_non
     asyncio.run(main())
 
 
+def test_later_streams_need_no_libp2p_until_the_peer_has_forgotten_us(tmp_path: Path) -> None:
+    async def main() -> None:
+        identity = tmp_path / "there.key"
+        here, there = Swarm([], [LOOPBACK]), Swarm([], [LOOPBACK], identity_path=identity)
+        asked = 0
+        try:
+            await here.start()
+            await there.start()
+            there.set_acceptor(echo, {here.peer_id})
+            real = here._p2p.call_binary_stream_handler
+
+            async def count(*arguments: object) -> object:
+                nonlocal asked
+                asked += 1
+                return await real(*arguments)
+
+            here._p2p.call_binary_stream_handler = count
+            for _ in range(5):
+                await there_and_back(there, here)
+            assert asked == 1
+            assert here.bulk_traffic.streams == 5
+            there.set_acceptor(None)
+            with pytest.raises(LinkLost):  # whoever has no round takes no stream, ticket or not
+                await there_and_back(there, here)
+            await there.close()
+            there = Swarm([], [LOOPBACK], identity_path=identity)
+            await there.start()
+            there.set_acceptor(echo)
+            await there_and_back(there, here)
+            assert asked == 2
+            assert here.libp2p_traffic.streams == 0
+        finally:
+            await here.close()
+            await there.close()
+
+    asyncio.run(main())
+
+
 def test_peer_that_names_no_address_is_asked_over_the_connection_that_it_made() -> None:
     async def main() -> None:
         here = Swarm([], [LOOPBACK])

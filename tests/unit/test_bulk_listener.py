@@ -14,8 +14,8 @@ from hivetrain.averaging.bulk_listener import MAGIC, BulkListener, dial
 from hivetrain.averaging.sealing import SessionKeys
 from tests.async_kit import run
 
-KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
-OTHER = SessionKeys.derive(b"c" * 32, b"d" * 32, "opener", "acceptor")
+KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")[0]
+OTHER = SessionKeys.derive(b"c" * 32, b"d" * 32, "opener", "acceptor")[0]
 
 
 @contextlib.asynccontextmanager
@@ -155,6 +155,26 @@ def test_so_many_tokens_at_once_and_no_more(monkeypatch: pytest.MonkeyPatch) -> 
                 assert first is not None
                 assert second is None
                 assert listening.num_pending == 1
+
+    run(main)
+
+
+def test_ticket_is_good_once_and_the_oldest_of_too_many_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_listener, "MAX_STANDING", 2)
+    tickets = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor", num_tickets=3)[1:]
+
+    async def main() -> None:
+        async with listener() as listening:
+            came: list[tuple[socket.socket, SessionKeys]] = []
+            listening.stand_by(tickets, lambda sock, keys: came.append((sock, keys)))
+            with pytest.raises(ConnectionError):
+                await dial(listening.bound[0], tickets[0])
+            with await dial(listening.bound[0], tickets[2]):
+                assert [keys for _, keys in came] == [tickets[2]]
+            with pytest.raises(ConnectionError):
+                await dial(listening.bound[0], tickets[2])
+            assert len(came) == 1
+            came[0][0].close()
 
     run(main)
 

@@ -16,7 +16,7 @@ from hivetrain.averaging.transport import MAX_FRAME_BYTES, LinkLost
 from hivetrain.errors import Fault, PeerFault
 from tests.async_kit import run
 
-KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")
+KEYS = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")[0]
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -236,16 +236,23 @@ def test_frame_sent_back_to_its_sender_does_not_open() -> None:
 
 def test_keys_differ_by_direction_secret_and_peers() -> None:
     others = [
-        SessionKeys.derive(b"A" * 32, b"b" * 32, "opener", "acceptor"),
-        SessionKeys.derive(b"a" * 32, b"B" * 32, "opener", "acceptor"),
-        SessionKeys.derive(b"a" * 32, b"b" * 32, "other", "acceptor"),
-        SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "other"),
+        SessionKeys.derive(b"A" * 32, b"b" * 32, "opener", "acceptor")[0],
+        SessionKeys.derive(b"a" * 32, b"B" * 32, "opener", "acceptor")[0],
+        SessionKeys.derive(b"a" * 32, b"b" * 32, "other", "acceptor")[0],
+        SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "other")[0],
     ]
     values = [
         value for keys in (KEYS, *others) for value in (keys.token, keys.ready, keys.opener_key, keys.acceptor_key)
     ]
     assert len(set(values)) == 4 * 5
-    assert SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor") == KEYS
+    assert SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor")[0] == KEYS
+
+
+def test_tickets_follow_from_the_same_secrets_and_share_no_key() -> None:
+    keys = SessionKeys.derive(b"a" * 32, b"b" * 32, "opener", "acceptor", num_tickets=32)
+    assert keys[0] == KEYS
+    secrets = {part for one in keys for part in (one.token, one.ready, one.opener_key, one.acceptor_key)}
+    assert len(secrets) == 4 * 33
 
 
 def test_peer_that_dies_in_mid_frame_is_a_lost_link_for_receiver_and_sender() -> None:

@@ -211,7 +211,7 @@ def test_connection_that_its_opener_does_not_choose_is_closed() -> None:
             answering = asyncio.create_task(answer_upgrade(here.far, here.acceptor, HOSTS))
             await here.near.send(Hello(secret=SECRET, endpoints=[]).to_bytes())
             offer = Offer.model_validate(msgpack.unpackb(await here.near.receive(1000)))
-            keys = upgrade.SessionKeys.derive(SECRET, offer.secret, "opener", "acceptor")
+            keys = upgrade.SessionKeys.derive(SECRET, offer.secret, "opener", "acceptor")[0]
             with await bulk_listener.dial(offer.endpoints[0], keys) as sock:
                 await here.near.send(Choice(bulk=False).to_bytes())
                 assert (await answering).sock is None
