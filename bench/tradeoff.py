@@ -41,9 +41,9 @@ from bench.inmemory import butterfly, mean_traffic
 from bench.loss import Corpus, load_corpus
 from bench.recipes import PLAIN_DORA
 from hivetrain.averaging.layout import PayloadLayout, Section
-from hivetrain.run import Model
+from hivetrain.run import Averaging, DeltaCodec, Model, MomentsCodec, SecondMomentsCodec
 from hivetrain.training import RoundWork, State, pseudo_gradient
-from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ
+from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, make_layout
 
 NUM_MINERS = 3
 NUM_STEPS = 600
@@ -59,20 +59,20 @@ class Setting:
     """How often a group exchanges, and what under which codec."""
 
     inner_steps: int
-    delta: str
-    exp_avg: str
-    exp_avg_sq: str
+    delta: DeltaCodec
+    exp_avg: MomentsCodec
+    exp_avg_sq: SecondMomentsCodec
 
     def __str__(self) -> str:
         return f"H = {self.inner_steps}, {self.delta} + {self.exp_avg} + {self.exp_avg_sq}"
 
     def layout(self, num_params: int) -> PayloadLayout:
-        """Of what one member sends."""
-        codecs = {DELTA: self.delta, EXP_AVG: self.exp_avg, EXP_AVG_SQ: self.exp_avg_sq}
-        return PayloadLayout([Section(name=n, num_elements=num_params, codec=c) for n, c in codecs.items()])
+        """Of what one member sends, as a recipe makes it."""
+        codecs = Averaging(codec=self.delta, moments_codec=self.exp_avg, second_moments_codec=self.exp_avg_sq)
+        return make_layout(num_params, codecs)
 
 
-def _setting(inner_steps: int, delta: str, exp_avg: str, exp_avg_sq: str) -> Setting:
+def _setting(inner_steps: int, delta: DeltaCodec, exp_avg: MomentsCodec, exp_avg_sq: SecondMomentsCodec) -> Setting:
     return Setting(inner_steps=inner_steps, delta=delta, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
@@ -106,12 +106,14 @@ class LossyExchange:
             raise RuntimeError(f"round {number} is not complete: {[outcome.faults for outcome in outcomes]}")
         self.traffic += mean_traffic(outcomes)
         mean = outcomes[0].vectors
-        return Means(delta=mean[DELTA], exp_avg=mean[EXP_AVG], exp_avg_sq=mean[EXP_AVG_SQ])
+        exp_avg = mean.get(EXP_AVG, torch.zeros_like(start.exp_avg))  # not sent: zero
+        return Means(delta=mean[DELTA], exp_avg=exp_avg, exp_avg_sq=mean[EXP_AVG_SQ])
 
     def _encode(self, number: int, place: int, start: State, work: RoundWork) -> bytes:
         delta = pseudo_gradient(start.vector, work.vector) + self._remainders[place]
         vectors: dict[str, Tensor] = {DELTA: delta, EXP_AVG: work.exp_avg, EXP_AVG_SQ: work.exp_avg_sq}
-        payload = self._layout.encode(vectors, seed=(number * NUM_MINERS + place) << 20)
+        sent = {section.name: vectors[section.name] for section in self._layout.sections}
+        payload = self._layout.encode(sent, seed=(number * NUM_MINERS + place) << 20)
         self._remainders[place] = delta - self._layout.decode(payload)[DELTA]
         return payload
 
