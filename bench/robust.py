@@ -151,7 +151,7 @@ def loss(adaptation: Adaptation, group: Group, attack: str, name: str) -> float:
             sent = with_bad(sent, ATTACKS[attack], group.num_bad, number * group.size)
         return joined(get_mean(name), sent)
 
-    return adaptation.local(RATE, group.inner_steps, exchange, range(group.num_honest))[-1]
+    return adaptation.local(RATE, group.inner_steps, exchange, range(group.num_honest))
 
 
 def measure(corpus: Corpus, group: Group, attacks: Sequence[str], means: Sequence[str]) -> list[Claim]:
