@@ -2,7 +2,8 @@
 
     python -m bench.robust [--quick] [--json FILE]
 
-The honest train plain DoRA (`bench.recipes`) from its random start, where a few rounds win much and so can lose much.
+The honest train plain DoRA on a tiny Llama (`bench.recipes`) from its random start, where a few rounds win much and so
+can lose much.
 The bad send, every round, what they make of the honest members' mean, which they know. The first table compares
 vectors: how far a mean of the whole group ends from the plain mean of the honest, relative to it, on the first round's
 pseudo-gradients. The second compares what counts: held-out loss after a few rounds of training through that mean,
@@ -24,11 +25,12 @@ from torch import Tensor
 from bench.adapting import Adaptation, Means
 from bench.harness import Claim, arguments, at_least, at_most, report, table
 from bench.loss import Corpus, load_corpus
-from bench.recipes import PLAIN_DORA
+from bench.recipes import PLAIN_DORA, TINY
 from hivetrain.averaging.robust import MEAN_NAMES, Combine, get_mean
 from hivetrain.run import CHUNK_ELEMENTS
 from hivetrain.training import RoundWork, State, pseudo_gradient
 
+RECIPE = dataclasses.replace(PLAIN_DORA, model=TINY)
 RATE = 6e-3
 WARMUP_STEPS = 10
 BLOCK = 8 * CHUNK_ELEMENTS
@@ -158,7 +160,7 @@ def measure(corpus: Corpus, group: Group, attacks: Sequence[str], means: Sequenc
     """Print both tables of one group, and claim what they show."""
     num_steps = group.inner_steps * group.num_rounds
     adaptation = Adaptation(
-        corpus, PLAIN_DORA, base=None, num_miners=group.size, num_steps=num_steps, warmup_steps=WARMUP_STEPS
+        corpus, RECIPE, base=None, num_miners=group.size, num_steps=num_steps, warmup_steps=WARMUP_STEPS
     )
     cases = [HONEST, *attacks]
     rows = distances(adaptation, group, cases, means)
@@ -194,7 +196,7 @@ def run(quick: bool) -> list[Claim]:
         groups = (GROUPS[0],)
         attacks, means = ("sign flipped, 10 times",), ("mean", "norm_bound", "trimmed_mean")
     with tempfile.TemporaryDirectory(prefix="hivetrain-robust-") as folder:
-        corpus = load_corpus(Path(folder) / "corpus", PLAIN_DORA)
+        corpus = load_corpus(Path(folder) / "corpus", RECIPE)
         return [claim for group in groups for claim in measure(corpus, group, attacks, means)]
 
 

@@ -7,8 +7,8 @@ Three miners train a DoRA adapter for 600 inner steps on a pretrained base and o
 joined takes the very same steps. In the other arms they exchange after every H steps, through the real butterfly over
 memory: the pseudo-gradient with error feedback, and AdamW's two moments, each under a codec of its own. The mean comes
 back encoded again by its reducer, without feedback, as on the network. All arms take the same windows at the same
-steps. The reference and the two settings that claims are made of are tried at every peak rate in `RATES` with one seed,
-and go on with two more seeds at the best of their own; the other settings run once, at one rate.
+steps. The reference is tried at every peak rate in `RATES` with one seed and goes on with two more at the best of them;
+so do the two settings that claims are made of, at one rate, which can only widen their gap. The others run once.
 
 Bytes are what one peer sends and receives, vectors and means, as the all-reduce accounts for them; the reference is
 charged one butterfly of the fp32 gradient per step in the same group. What does not grow with the model (handshakes,
@@ -260,13 +260,14 @@ RunJobs = Callable[[Sequence[Job]], list[Arm]]
 def full_arms(folder: Path, run_jobs: RunJobs) -> list[Arm]:
     """Every arm."""
 
-    def job(setting: Setting | None, lr: float, seed: int = 0) -> Job:
+    def job(setting: Setting | None, lr: float = USUAL_RATE, seed: int = 0) -> Job:
         return Job(folder=folder, seed=seed, lr=lr, setting=setting, num_steps=NUM_STEPS)
 
-    claimed = (FOR_150, FOR_600, None)
-    arms = run_jobs([job(setting, lr) for setting in claimed for lr in RATES] + [job(s, USUAL_RATE) for s in OTHERS])
-    rates = {setting: at_best_rate(arms, setting, [0])[0].job.lr for setting in claimed}
-    return arms + run_jobs([job(setting, rates[setting], seed) for seed in range(1, NUM_SEEDS) for setting in claimed])
+    claimed = (FOR_150, FOR_600)
+    arms = run_jobs([job(None, lr) for lr in RATES] + [job(setting) for setting in (*claimed, *OTHERS)])
+    best = at_best_rate(arms, None, [0])[0].job.lr
+    rest = [[job(None, best, seed), *(job(setting, seed=seed) for setting in claimed)] for seed in range(1, NUM_SEEDS)]
+    return arms + run_jobs([one for jobs in rest for one in jobs])
 
 
 def quick_arms(folder: Path, run_jobs: RunJobs) -> list[Arm]:
