@@ -15,7 +15,7 @@ charged one butterfly of the fp32 gradient per step in the same group. What does
 proofs, signatures) is left out of both arms. "Kept" is the share of the reference's gain over the untrained adapter:
 1% of the loss is a good part of what adapters win, so the gap alone flatters.
 
-A quick run trains one arm and its reference for a third of the steps, and takes the bytes of the other from one round:
+A quick run trains one arm and its reference for a quarter of the steps, and takes the bytes of the other from one round:
 its loss needs all of them.
 """
 
@@ -47,7 +47,7 @@ from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, make_layout
 
 NUM_MINERS = 3
 NUM_STEPS = 600
-QUICK_STEPS = 200
+QUICK_STEPS = 150
 RATES = (4e-3, 8e-3, 1.6e-2)
 USUAL_RATE = 8e-3
 NUM_SEEDS = 3
@@ -271,7 +271,7 @@ def full_arms(folder: Path, run_jobs: RunJobs) -> list[Arm]:
 
 
 def quick_arms(folder: Path, run_jobs: RunJobs) -> list[Arm]:
-    """One setting and the reference: one seed, one rate, a third of the steps."""
+    """One setting and the reference: one seed, one rate, a quarter of the steps."""
     return run_jobs(
         [Job(folder=folder, seed=0, lr=USUAL_RATE, setting=s, num_steps=QUICK_STEPS) for s in (FOR_150, None)]
     )
@@ -309,7 +309,7 @@ def run(quick: bool, jobs: int | None = None) -> list[Claim]:
         tempfile.TemporaryDirectory(prefix="hivetrain-tradeoff-") as name,
         ProcessPoolExecutor(jobs or min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool,
     ):
-        folder, seeds, base_steps = Path(name), 1 if quick else NUM_SEEDS, 200 if quick else BASE_STEPS
+        folder, seeds, base_steps = Path(name), 1 if quick else NUM_SEEDS, QUICK_STEPS if quick else BASE_STEPS
         list(pool.map(pretrain_base, [folder] * seeds, range(seeds), [base_steps] * seeds))
 
         def run_jobs(jobs: Sequence[Job]) -> list[Arm]:
