@@ -59,7 +59,8 @@ GROUPS: tuple[Group, ...] = (
     Group(size=10, num_bad=3, inner_steps=10, num_rounds=4),
 )
 
-PROMISED = {"trimmed_mean": 0.5, "median": 0.5, "centered_clip": 0.5}
+PROMISED = {"norm_bound": 0.6, "trimmed_mean": 0.85, "median": 0.85, "centered_clip": 0.85}
+"""Shares that hold with a margin: 0.70, 0.92, 0.93 and 0.95 were the least of the two groups."""
 
 Attack = Callable[[Means, Means, int], Means]
 """``attack(mean of the honest, their standard deviation per coordinate, seed)``: what one bad member sends."""

@@ -15,8 +15,8 @@ charged one butterfly of the fp32 gradient per step in the same group. What does
 proofs, signatures) is left out of both arms. "Kept" is the share of the reference's gain over the untrained adapter:
 1% of the loss is a good part of what adapters win, so the gap alone flatters.
 
-A quick run trains one arm and its reference for a quarter of the steps, and takes the bytes of the other from one round:
-its loss needs all of them.
+A quick run trains one arm and its reference for a quarter of the steps, and takes the bytes of the other from one
+exchange: its loss needs all of them.
 """
 
 from __future__ import annotations
