@@ -50,7 +50,7 @@ MBIT_PER_S, DELAY_MS = 100.0, 100.0
 MARGIN = 1.5
 GOAL = 0.99
 MAX_STEPS, SNAPSHOT_EVERY = 500, 2
-PRODUCTION = Schedule(train=1189, commit=1, verify=6, all_reduce=2, publish=2)
+PRODUCTION = Schedule(train=1188, commit=1, verify=7, all_reduce=2, publish=2)
 TIMEOUT_S = 120.0
 Codecs = tuple[str, str, str]
 """Of the update, and of its first and second moments."""
