@@ -1,5 +1,5 @@
-"""A network of real processes whose all-reduce carries four bits of the pseudo-gradient, eight of the second moments and
-nothing of the first ones.
+"""A network of real processes whose all-reduce carries four bits of the pseudo-gradient, eight of the second moments
+and nothing of the first ones.
 """
 
 from __future__ import annotations
