@@ -3,7 +3,7 @@
     python -m bench.outer [--quick] [--jobs N] [--json FILE]
 
 The simulation is that of `bench.loss` on a tiny Llama (`bench.recipes`): 3 miners, H = 50, vector and moments averaged;
-600 steps, two seeds a cell. There is one claim: that no swept cell beats the recipe's default by more than a seed's
+600 steps, three seeds a cell. There is one claim: that no swept cell beats the recipe's default by more than a seed's
 noise. A quick run has two rounds, two cells and one seed.
 """
 
@@ -28,7 +28,7 @@ from hivetrain.run import Outer
 
 NOISE = 0.02
 """Nats by which one seed's loss differs from another's (`bench.loss`, plain DoRA: 4.417 to 4.454)."""
-NUM_SEEDS = 2
+NUM_SEEDS = 3
 SWEEP = (
     Outer(),
     *(
@@ -62,7 +62,7 @@ def show(curves: Mapping[Cell, Sequence[float]]) -> list[Claim]:
         mine = [found for (one, _), found in curves.items() if one == outer]
         middle = statistics.fmean(found[num_rounds // 2] for found in mine)
         ends[outer] = statistics.fmean(found[-1] for found in mine)
-        name = f"{outer.kind}, lr {outer.lr:g}, momentum {outer.momentum:g}"
+        name = f"{outer.kind}, lr {outer.lr:g}" + (f", momentum {outer.momentum:g}" if outer.kind == "nesterov" else "")
         rows.append([name, f"{middle:.3f}", f"{ends[outer]:.3f}", " ".join(f"{found[-1]:.3f}" for found in mine)])
     steps = num_rounds * PLAIN_DORA.inner.max_steps
     columns = ["outer step", f"{steps // 2} steps", f"{steps} steps", "per seed"]
