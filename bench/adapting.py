@@ -161,17 +161,16 @@ class Adaptation:
             done.append(work)
         return done
 
-    def local(self, lr: float, inner_steps: int, exchange: Exchange, ranks: Sequence[int] | None = None) -> list[float]:
-        """Held-out loss after each round of ``inner_steps`` steps by the miners ``ranks`` (all of them by default)."""
+    def local(self, lr: float, inner_steps: int, exchange: Exchange, ranks: Sequence[int] | None = None) -> float:
+        """Held-out loss after rounds of ``inner_steps`` steps by the miners ``ranks`` (all of them by default)."""
         if self.num_steps % inner_steps:
             raise ValueError(f"{self.num_steps} steps are not whole rounds of {inner_steps}")
-        state, curve = self.start, []
+        state = self.start
         for number in range(self.num_steps // inner_steps):
             done = self.works(state, lr, inner_steps, range(self.num_miners) if ranks is None else ranks)
             means = exchange(number, state, done)
             state = outer_step(state, means.delta, means.exp_avg, means.exp_avg_sq, self._recipe.outer, inner_steps)
-            curve.append(self.heldout(state.vector))
-        return curve
+        return self.heldout(state.vector)
 
     def _loop(self, lr: float, inner_steps: int) -> InnerLoop:
         inner = _inner(

@@ -1,6 +1,6 @@
 """The ways of averaging DoRA: how far each is from the mean of the weights, what it costs, and the loss it reaches.
 
-    python -m bench.exact [--quick] [--json FILE]
+    python -m bench.exact [--quick] [--jobs N] [--json FILE]
 
 *Aggregation error.* Members start from one state of a tiny model and take H real AdamW steps, each on its own part of
 the embedded corpus. Their vectors are averaged in float32 as a round averages them; the oracle builds every member's
@@ -8,8 +8,8 @@ dense W' with matrix products in float64 and averages those. Error of a layer: `
 ||mean_i W'_i - W'_start||``, Frobenius norms, float64. The table gives that of the whole model and of its worst layer;
 the claims are on the worst layer, the strictest way to say it.
 
-*Loss* is that of `bench.loss`'s simulation, with the rates of `bench.recipes`: 3 miners, H = 50, vector and moments
-averaged.
+*Loss* is that of `bench.loss`'s simulation on the same tiny model, with the rates of `bench.recipes`: 3 miners, H = 50,
+600 steps, vector and moments averaged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from bench.harness import Claim, arguments, at_most, report, table
 from bench.loss import Corpus, Simulation, load_corpus, mean
-from bench.recipes import PLAIN_DORA
+from bench.recipes import PLAIN_DORA, TINY
 from hivetrain.data.reader import pack
 from hivetrain.model import AdaptedLayer, Assembled, adapted_layers, assemble, base_tensors, fold_residuals
 from hivetrain.model.vector import split
 from hivetrain.model.weights import Form
-from hivetrain.run import Adapter, Model, Recipe
+from hivetrain.run import Adapter, Recipe
 from hivetrain.training import (
     InnerLoop,
     LiveBase,
@@ -50,7 +50,6 @@ from hivetrain.training import (
 
 GOAL = 1e-6
 START_STEPS = 50
-TINY = Model(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=160)
 MERGE_EVERY = 4
 
 Bases = Mapping[str, Tensor]
@@ -272,19 +271,24 @@ _corpora: dict[Path, Corpus] = {}
 def way_curve(folder: Path, way: Way, seed: int, num_rounds: int) -> list[float]:
     """Held-out loss after every round; runs in a process of its own."""
     torch.set_num_threads(1)
-    recipe = dataclasses.replace(PLAIN_DORA, adapter=way.adapter, model=Model(seed=seed))
+    recipe = dataclasses.replace(PLAIN_DORA, adapter=way.adapter, model=dataclasses.replace(TINY, seed=seed))
     if folder not in _corpora:
         _corpora[folder] = load_corpus(folder / str(os.getpid()), recipe)
     return WaySimulation(_corpora[folder], recipe, num_rounds, residual=way.residual).together()
 
 
-def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Sequence[int]) -> None:
+def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Sequence[int], jobs: int) -> None:
+    """Train every way with every seed in so many processes."""
+    cases = [(way, seed) for way in ways for seed in seeds]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(way_curve, folder, way, seed, num_rounds) for way, seed in cases]
+        show_losses({case: future.result() for case, future in zip(cases, futures, strict=True)})
+
+
+def show_losses(curves: Mapping[tuple[Way, int], Sequence[float]]) -> None:
     """The table of losses; no claim: which way trains best is for the reader to see."""
-    jobs = [(way, seed) for way in ways for seed in seeds]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(way_curve, folder, way, seed, num_rounds) for way, seed in jobs]
-        curves = {job: future.result() for job, future in zip(jobs, futures, strict=True)}
-    rows = []
+    ways, seeds = dict.fromkeys(way for way, _ in curves), dict.fromkeys(seed for _, seed in curves)
+    num_rounds, rows = len(next(iter(curves.values()))) - 1, []
     for way in ways:
         mine = [curves[way, seed] for seed in seeds]
         middle = statistics.fmean(curve[num_rounds // 2] for curve in mine)
@@ -295,25 +299,24 @@ def measure_losses(folder: Path, ways: Sequence[Way], num_rounds: int, seeds: Se
     table("Held-out loss of 3 miners, nats per token", columns, rows)
 
 
-def run(quick: bool) -> list[Claim]:
-    """Print the tables and return the claims."""
+def run(quick: bool, jobs: int | None = None) -> list[Claim]:
+    """Print the tables and return the claims; a quick run trains nothing for its loss, of which nothing is claimed."""
     torch.set_num_threads(1)
     recipe = PLAIN_DORA
-    # In a quick run no merge is due: that takes more than two rounds.
     sizes, horizons = [2, 8] if quick else [2, 8, 32], [20] if quick else [20, 50, 100]
-    num_rounds = 2 if quick else recipe.inner.total_steps // recipe.inner.max_steps
-    ways, seeds = WAYS[:3] if quick else WAYS, [0] if quick else [0, 1, 2]
     with tempfile.TemporaryDirectory(prefix="hivetrain-exact-") as folder:
         claims = measure_errors(load_corpus(Path(folder) / "errors", recipe), sizes, horizons)
         measure_bytes()
-        measure_losses(Path(folder), ways, num_rounds, seeds)
+        if not quick:
+            num_rounds = recipe.inner.total_steps // recipe.inner.max_steps
+            measure_losses(Path(folder), WAYS, num_rounds, [0, 1, 2], jobs or min(2, os.cpu_count() or 1))
     return claims
 
 
 def main() -> int:
     """Entry point."""
-    options = arguments(__doc__ or "")
-    return report(run(options.quick), options.json)
+    options = arguments(__doc__ or "", jobs=True)
+    return report(run(options.quick, options.jobs), options.json)
 
 
 if __name__ == "__main__":

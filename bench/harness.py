@@ -45,11 +45,13 @@ def at_most(name: str, value: float, bound: float) -> Claim:
     return Claim(name=name, value=value, goal=f"<= {bound:g}", holds=value <= bound)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """``--quick`` and ``--json FILE``, which every benchmark takes."""
+def arguments(description: str, *, jobs: bool = False) -> argparse.Namespace:
+    """``--quick`` and ``--json FILE``, which every benchmark takes; with ``jobs``, also ``--jobs N``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, under two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the claims here")
+    if jobs:
+        parser.add_argument("--jobs", type=int, metavar="N", help="processes, by default one per core and two at most")
     return parser.parse_args()
 
 

@@ -2,7 +2,8 @@
 
     python -m bench.robust [--quick] [--json FILE]
 
-The honest train plain DoRA (`bench.recipes`) from its random start, where a few rounds win much and so can lose much.
+The honest train plain DoRA on a tiny Llama (`bench.recipes`) from its random start, where a few rounds win much and so
+can lose much.
 The bad send, every round, what they make of the honest members' mean, which they know. The first table compares
 vectors: how far a mean of the whole group ends from the plain mean of the honest, relative to it, on the first round's
 pseudo-gradients. The second compares what counts: held-out loss after a few rounds of training through that mean,
@@ -24,11 +25,12 @@ from torch import Tensor
 from bench.adapting import Adaptation, Means
 from bench.harness import Claim, arguments, at_least, at_most, report, table
 from bench.loss import Corpus, load_corpus
-from bench.recipes import PLAIN_DORA
+from bench.recipes import PLAIN_DORA, TINY
 from hivetrain.averaging.robust import MEAN_NAMES, Combine, get_mean
 from hivetrain.run import CHUNK_ELEMENTS
 from hivetrain.training import RoundWork, State, pseudo_gradient
 
+RECIPE = dataclasses.replace(PLAIN_DORA, model=TINY)
 RATE = 6e-3
 WARMUP_STEPS = 10
 BLOCK = 8 * CHUNK_ELEMENTS
@@ -57,7 +59,8 @@ GROUPS: tuple[Group, ...] = (
     Group(size=10, num_bad=3, inner_steps=10, num_rounds=4),
 )
 
-PROMISED = {"trimmed_mean": 0.5, "median": 0.5, "centered_clip": 0.5}
+PROMISED = {"norm_bound": 0.6, "trimmed_mean": 0.85, "median": 0.85, "centered_clip": 0.85}
+"""Shares that hold with a margin: 0.70, 0.92, 0.93 and 0.95 were the least of the two groups."""
 
 Attack = Callable[[Means, Means, int], Means]
 """``attack(mean of the honest, their standard deviation per coordinate, seed)``: what one bad member sends."""
@@ -151,14 +154,14 @@ def loss(adaptation: Adaptation, group: Group, attack: str, name: str) -> float:
             sent = with_bad(sent, ATTACKS[attack], group.num_bad, number * group.size)
         return joined(get_mean(name), sent)
 
-    return adaptation.local(RATE, group.inner_steps, exchange, range(group.num_honest))[-1]
+    return adaptation.local(RATE, group.inner_steps, exchange, range(group.num_honest))
 
 
 def measure(corpus: Corpus, group: Group, attacks: Sequence[str], means: Sequence[str]) -> list[Claim]:
     """Print both tables of one group, and claim what they show."""
     num_steps = group.inner_steps * group.num_rounds
     adaptation = Adaptation(
-        corpus, PLAIN_DORA, base=None, num_miners=group.size, num_steps=num_steps, warmup_steps=WARMUP_STEPS
+        corpus, RECIPE, base=None, num_miners=group.size, num_steps=num_steps, warmup_steps=WARMUP_STEPS
     )
     cases = [HONEST, *attacks]
     rows = distances(adaptation, group, cases, means)
@@ -194,7 +197,7 @@ def run(quick: bool) -> list[Claim]:
         groups = (GROUPS[0],)
         attacks, means = ("sign flipped, 10 times",), ("mean", "norm_bound", "trimmed_mean")
     with tempfile.TemporaryDirectory(prefix="hivetrain-robust-") as folder:
-        corpus = load_corpus(Path(folder) / "corpus", PLAIN_DORA)
+        corpus = load_corpus(Path(folder) / "corpus", RECIPE)
         return [claim for group in groups for claim in measure(corpus, group, attacks, means)]
 
 

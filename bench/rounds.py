@@ -50,13 +50,13 @@ MBIT_PER_S, DELAY_MS = 100.0, 100.0
 MARGIN = 1.5
 GOAL = 0.99
 MAX_STEPS, SNAPSHOT_EVERY = 500, 2
-PRODUCTION = Schedule(train=1189, commit=1, verify=6, all_reduce=2, publish=2)
+PRODUCTION = Schedule(train=1188, commit=1, verify=7, all_reduce=2, publish=2)
 TIMEOUT_S = 120.0
 Codecs = tuple[str, str, str]
 """Of the update, and of its first and second moments."""
 
 CODECS: list[Codecs] = [("fp32", "fp32", "fp32"), ("fp16", "fp32", "fp32"), ("int4", "int8", "log8")]
-LOSSY_ERROR = 0.2
+LOSSY_ERROR = 0.25  # int4 twice, of values and of their mean: 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ def encode_payload(parts: Parts, start: State, final: Snapshot, seed: int, remai
     if remainder is not None:
         carried = carried + remainder
     vectors = {DELTA: carried, EXP_AVG: final.exp_avg, EXP_AVG_SQ: final.exp_avg_sq}
-    payload = parts.layout.encode(vectors, seed)
+    payload = parts.layout.encode({section.name: vectors[section.name] for section in parts.layout.sections}, seed)
     if not parts.recipe.averaging.feeds_back:
         return Encoded(payload=payload)
     return Encoded(

@@ -28,7 +28,7 @@ GENESIS = "genesis"
 
 
 DeltaCodec = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "topk-1%", "topk-10%"]
-MomentsCodec = Literal["fp32", "fp16", "int8", "int4"]
+MomentsCodec = Literal["fp32", "fp16", "int8", "int4", "int2", "sign", "none"]
 SecondMomentsCodec = Literal["fp32", "log8", "log4"]
 MeanName = Literal["mean", "norm_bound", "trimmed_mean", "median", "centered_clip"]
 ROUGH_CODECS = ("int2", "sign", "topk-1%", "topk-10%")
@@ -172,7 +172,7 @@ class Outer:
 
     kind: Literal["average", "nesterov"] = "average"
     lr: float = 1.0
-    momentum: float = 0.0
+    momentum: float = 0.2  # of nesterov; with its rate of 1 the best of a sweep (`bench.outer`)
 
     def __post_init__(self) -> None:
         _require(self.kind in ("average", "nesterov"), f"outer.kind must be average or nesterov, got {self.kind!r}")
@@ -187,7 +187,7 @@ class Averaging:
     strategy: Literal["allreduce"] = "allreduce"
     codec: DeltaCodec = "fp32"  # of the pseudo-gradient
     error_feedback: bool = True  # what a lossy codec did not carry goes into the next round's payload
-    moments_codec: MomentsCodec = "fp32"  # of AdamW's first moment, which has no feedback
+    moments_codec: MomentsCodec = "fp32"  # of AdamW's first moment; "none": not sent, every round starts it at zero
     second_moments_codec: SecondMomentsCodec = "fp32"  # even levels would make small ones 0, and AdamW divides by them
     mean: MeanName = "mean"  # of verified members; the others bear a few bad ones (`hivetrain.averaging.robust`)
     max_abs: float = 1e3  # a value past it is out of bound

@@ -50,13 +50,14 @@ DELTA, EXP_AVG, EXP_AVG_SQ = "delta", "exp_avg", "exp_avg_sq"
 
 
 def make_layout(num_params: int, averaging: run.Averaging) -> PayloadLayout:
-    """Sections of what one member sends, for a vector of ``num_params`` elements."""
+    """Sections of what one member sends, for a vector of ``num_params`` elements; what has no codec has no section."""
+    codecs = {
+        DELTA: averaging.codec,
+        EXP_AVG: averaging.moments_codec,
+        EXP_AVG_SQ: averaging.second_moments_codec,
+    }
     return PayloadLayout(
-        (
-            Section(name=DELTA, num_elements=num_params, codec=averaging.codec),
-            Section(name=EXP_AVG, num_elements=num_params, codec=averaging.moments_codec),
-            Section(name=EXP_AVG_SQ, num_elements=num_params, codec=averaging.second_moments_codec),
-        )
+        [Section(name=name, num_elements=num_params, codec=codec) for name, codec in codecs.items() if codec != "none"]
     )
 
 

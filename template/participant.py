@@ -79,7 +79,7 @@ def take_part(
     next_state = outer_step(
         state,
         outcome.vectors[DELTA],
-        outcome.vectors[EXP_AVG],
+        outcome.vectors.get(EXP_AVG),
         outcome.vectors[EXP_AVG_SQ],
         parts.recipe.outer,
         parts.recipe.inner.max_steps,

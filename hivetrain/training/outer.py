@@ -26,7 +26,7 @@ def pseudo_gradient(start: Tensor, final: Tensor) -> Tensor:
 def outer_step(
     state: State,
     mean_delta: Tensor,
-    mean_exp_avg: Tensor,
+    mean_exp_avg: Tensor | None,
     mean_exp_avg_sq: Tensor,
     outer: run.Outer,
     inner_steps: int,
@@ -36,7 +36,7 @@ def outer_step(
     Args:
         state: the round's.
         mean_delta: [P] weighted mean of the members' pseudo-gradients.
-        mean_exp_avg: [P] mean of their first moments.
+        mean_exp_avg: [P] mean of their first moments; None where those are not sent, and the next round starts at zero.
         mean_exp_avg_sq: [P] mean of their second moments; what a lossy codec made negative counts as 0, since a
             square root of it would be NaN.
         outer: the recipe's table.
@@ -48,6 +48,8 @@ def outer_step(
     """
     if inner_steps <= 0:
         raise ValueError(f"inner_steps must be > 0, got {inner_steps}")
+    if mean_exp_avg is None:
+        mean_exp_avg = torch.zeros_like(state.vector)
     for name, tensor in (("delta", mean_delta), ("exp_avg", mean_exp_avg), ("exp_avg_sq", mean_exp_avg_sq)):
         if tensor.shape != state.vector.shape or tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
             raise SchemaMismatch(

@@ -89,7 +89,7 @@ def test_every_chunk_encodes_and_decodes_alone(name: str, num_elements: int) -> 
 def test_long_vectors_are_the_same_as_their_chunks(name: str) -> None:
     codec, values = get_codec(name), sample(name, 40 * CHUNK_ELEMENTS)  # past the rows that are worked on at once
     data, size = codec.encode(values, 2**63), codec.encoded_size(CHUNK_ELEMENTS)
-    for j in (0, 31, 32, 39):
+    for j in (0, 6, 7, 39):
         piece = values[j * CHUNK_ELEMENTS : (j + 1) * CHUNK_ELEMENTS]
         assert codec.encode(piece, 2**63 + j) == data[j * size : (j + 1) * size]
 

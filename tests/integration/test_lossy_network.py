@@ -1,4 +1,6 @@
-"""A network of real processes whose all-reduce carries four bits of the pseudo-gradient and eight of the moments."""
+"""A network of real processes whose all-reduce carries four bits of the pseudo-gradient, eight of the second moments
+and nothing of the first ones.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ LOSSY_RECIPE = (
     + """\
 [averaging]
 codec = "int4"
-moments_codec = "int8"
+moments_codec = "none"
 second_moments_codec = "log8"
 [scoring]
 check_share = 1.0

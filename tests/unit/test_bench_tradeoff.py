@@ -23,6 +23,7 @@ from bench.tradeoff import (
     butterfly_traffic,
     gradient_traffic,
     line,
+    share_of_bytes,
 )
 from hivetrain.averaging.robust import get_mean
 from hivetrain.training import RoundWork, State
@@ -86,6 +87,16 @@ def test_an_exchange_in_fp32_is_the_plain_mean() -> None:
     assert torch.allclose(means.exp_avg, mean([one.exp_avg for one in WORKS]), atol=1e-6)
     assert torch.allclose(means.exp_avg_sq, mean([one.exp_avg_sq for one in WORKS]), atol=1e-6)
     assert exchange.traffic == pytest.approx(butterfly_traffic(12 * SIZE, NUM_MINERS))
+
+
+def test_first_moments_without_a_codec_cost_nothing_and_come_back_as_zero() -> None:
+    setting = Setting(inner_steps=5, delta="fp32", exp_avg="none", exp_avg_sq="fp32")
+    exchange = LossyExchange(setting, SIZE)
+    means = exchange(0, start(), WORKS)
+    assert not means.exp_avg.any()
+    assert torch.allclose(means.exp_avg_sq, mean([one.exp_avg_sq for one in WORKS]), atol=1e-6)
+    assert exchange.traffic == pytest.approx(butterfly_traffic(8 * SIZE, NUM_MINERS))
+    assert share_of_bytes(setting, SIZE) == pytest.approx(8 / 20)
 
 
 def test_what_a_codec_lost_of_the_pseudo_gradient_is_sent_later() -> None:

@@ -71,8 +71,13 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
             "[averaging]\nmean = 'mode'",
             "averaging.mean must be one of mean, norm_bound, trimmed_mean, median, centered",
         ),
-        ("[averaging]\nmoments_codec = 'sign'", "averaging.moments_codec must be one of fp32, fp16, int8, int4, got"),
+        ("[averaging]\ncodec = 'none'", "averaging.codec must be one of fp32, fp16, int8"),
+        (
+            "[averaging]\nmoments_codec = 'log4'",
+            "averaging.moments_codec must be one of fp32, fp16, int8, int4, int2, sign, none, got",
+        ),
         ("[averaging]\nsecond_moments_codec = 'fp16'", "second_moments_codec must be one of fp32, log8, log4, got"),
+        ("[averaging]\nsecond_moments_codec = 'none'", "second_moments_codec must be one of fp32, log8, log4, got"),
         ("[averaging]\ncodec = 'sign'\nerror_feedback = false", "averaging.codec = 'sign' needs averaging.error_feed"),
         ("[averaging]\nerror_feedback = 1", "averaging.error_feedback must be bool"),
         ("[scoring]\nsteps_weight = 0.9", "must be 1, got"),
@@ -123,7 +128,7 @@ def test_a_recipe_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_every_codec_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
     named = [name for literal in (DeltaCodec, MomentsCodec, SecondMomentsCodec) for name in get_args(literal)]
-    assert {get_codec(name).name for name in named} == set(CODEC_NAMES)
+    assert {get_codec(name).name for name in named if name != "none"} == set(CODEC_NAMES)
 
 
 def test_every_mean_that_a_recipe_may_name_exists_and_every_one_can_be_named() -> None:
@@ -145,3 +150,8 @@ def test_each_section_travels_under_its_own_codec() -> None:
         ("exp_avg", "int4"),
         ("exp_avg_sq", "log8"),
     ]
+
+
+def test_first_moments_without_a_codec_have_no_section() -> None:
+    averaging = Averaging(codec="int2", moments_codec="none", second_moments_codec="log4")
+    assert [one.name for one in make_layout(10, averaging).sections] == ["delta", "exp_avg_sq"]

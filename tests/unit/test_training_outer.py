@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,15 @@ def test_the_state_before_is_not_written_to() -> None:
     assert before.outer_momentum.tolist() == [1, 1, 1]
 
 
+def test_first_moments_that_are_not_sent_start_the_next_round_at_zero() -> None:
+    before = dataclasses.replace(state(), exp_avg=torch.ones(3))
+    after = outer_step(before, DELTA, None, MEAN_EXP_AVG_SQ, Outer(), 50)
+    assert after.exp_avg.dtype is torch.float32
+    assert after.exp_avg.tolist() == [0, 0, 0]
+    assert before.exp_avg.tolist() == [1, 1, 1]
+    assert after.vector.tolist() == [0.5, 3.0, 2.75]
+
+
 def test_a_negative_second_moment_counts_as_zero() -> None:
     after = outer_step(state(), DELTA, MEAN_EXP_AVG, torch.tensor([-1e-9, 0.2, 0.3]), Outer(), 50)
     assert after.exp_avg_sq[0] == 0
@@ -99,7 +110,7 @@ def test_a_mean_of_another_shape_or_dtype_is_refused(place: int, wrong: Tensor) 
     means = [DELTA, MEAN_EXP_AVG, MEAN_EXP_AVG_SQ]
     means[place] = wrong
     with pytest.raises(SchemaMismatch, match=r"must be float32 \[3\]"):
-        outer_step(state(), *means, Outer(), 50)
+        outer_step(state(), means[0], means[1], means[2], Outer(), 50)
 
 
 def test_a_round_of_no_steps_is_refused() -> None:
