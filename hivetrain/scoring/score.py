@@ -128,6 +128,13 @@ def score_round(facts: Mapping[str, RoundFacts], scoring: Scoring) -> dict[str, 
     return {hotkey: _score(fact, best, scoring) for hotkey, fact in facts.items()}
 
 
+def score_facts(facts: Mapping[str, RoundFacts | Unscored], scoring: Scoring) -> dict[str, Score | Unscored]:
+    """Score every miner of one round, where some of our own facts are missing."""
+    known = {hotkey: fact for hotkey, fact in facts.items() if isinstance(fact, RoundFacts)}
+    missing: dict[str, Score | Unscored] = {hotkey: one for hotkey, one in facts.items() if isinstance(one, Unscored)}
+    return missing | score_round(known, scoring)
+
+
 def _paid_tokens(fact: RoundFacts) -> int:
     return 0 if any(check.fault is not None for check in fact.checks) else fact.tokens
 

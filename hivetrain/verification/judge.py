@@ -167,4 +167,11 @@ class Judge:
         return found if found is not None else (None, f"wrong between step {first} and {stop}")
 
 
-__all__ = ["MAX_DISTANCE", "Answer", "Judge"]
+def double_commit(first: Receipt, second: Receipt) -> CheckResult:
+    """The verdict on two receipts that one hotkey signed for one round."""
+    detail = f"signed two receipts for round {first.round}: {first.sha256()[:12]} and {second.sha256()[:12]}"
+    evidence = {"first_receipt": first.to_bytes(), "second_receipt": second.to_bytes()}
+    return CheckResult(fault=Fault.DOUBLE_COMMIT, detail=detail, evidence=evidence)
+
+
+__all__ = ["MAX_DISTANCE", "Answer", "Judge", "double_commit"]

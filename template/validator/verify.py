@@ -24,7 +24,7 @@ from hivetrain.manifest import Ref
 from hivetrain.scoring import CheckResult
 from hivetrain.training.state import State
 from hivetrain.verification.challenge import Draw, draw
-from hivetrain.verification.judge import Answer, Judge
+from hivetrain.verification.judge import Answer, Judge, double_commit
 from hivetrain.verification.receipt import (
     MAX_RECEIPT_BYTES,
     NO_REMAINDER,
@@ -170,11 +170,7 @@ class Verifier:
             raise PeerFault(Fault.REFUSED, f"did not open its snapshots: {reply.detail}")
         second = second_receipt(receipt, reply.reply.receipt)
         if second is not None:
-            detail = (
-                f"signed two receipts for round {receipt.round}: {receipt.sha256()[:12]} and {second.sha256()[:12]}"
-            )
-            evidence = {"first_receipt": receipt.to_bytes(), "second_receipt": second.to_bytes()}
-            return CheckResult(fault=Fault.DOUBLE_COMMIT, detail=detail, evidence=evidence)
+            return double_commit(receipt, second)
         judging = self.judging or Judge(parts=self.parts, base=self.base, state=self.state, load_data=self.load_data)
         return judging.judge(receipt, drawn, _answer(reply.reply))
 
