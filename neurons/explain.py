@@ -133,6 +133,6 @@ def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) ->
             word.lines.append(f"the record of round {record.before.last_round}, which it follows, is not there")
         except IntegrityError as exc:
             word.problems.append(str(exc))
-    else:
+    elif record.before.entries:
         word.lines.append("this validator's first record: the averages before it are its word")
     return word

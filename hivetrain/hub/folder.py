@@ -34,19 +34,19 @@ class FolderStore:
     """The reading half of `ModelStore` and `ArtefactStore`; repository and branch names are not looked at."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def epochs(self) -> list[int]:
         """See `ModelStore.epochs`."""
         try:
-            names = [path.name for path in self._folder.iterdir() if path.is_dir()]
+            names = [path.name for path in self.folder.iterdir() if path.is_dir()]
         except OSError as exc:
-            raise HubError(f"cannot read {self._folder}: {exc.strerror}") from exc
+            raise HubError(f"cannot read {self.folder}: {exc.strerror}") from exc
         return sorted(epoch for name in names if (epoch := parse_epoch_tag(name)) is not None)
 
     def resolve(self, epoch: int) -> Ref | None:
         """See `ModelStore.resolve`."""
-        path = self._folder / epoch_tag(epoch) / MANIFEST_NAME
+        path = self.folder / epoch_tag(epoch) / MANIFEST_NAME
         if not path.is_file():
             return None
         return make_ref(epoch, epoch_tag(epoch), self._read(path, MAX_MANIFEST_BYTES))
@@ -63,7 +63,7 @@ class FolderStore:
     def read(self, ref: Ref, name: str) -> bytes:
         """See `ModelStore.read`."""
         if name == MANIFEST_NAME:
-            path = self._folder / epoch_tag(ref.epoch) / MANIFEST_NAME
+            path = self.folder / epoch_tag(ref.epoch) / MANIFEST_NAME
             return verified_manifest(ref, self._read(path, MAX_MANIFEST_BYTES))
         return b"".join(verified(ref, name, self._stream(ref, name)))
 
@@ -73,7 +73,7 @@ class FolderStore:
         Raises:
             HubError: always.
         """
-        raise HubError(f"{self._folder} is a copy: nothing is published into it")
+        raise HubError(f"{self.folder} is a copy: nothing is published into it")
 
     def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
         """A copy keeps what it has."""
@@ -86,17 +86,17 @@ class FolderStore:
     def list_artefacts(self, repo: str, branch: str, folder: str) -> list[str]:
         """See `ArtefactStore.list_artefacts`."""
         root = self._path(folder)
-        return sorted(str(path.relative_to(self._folder)) for path in root.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.folder)) for path in root.rglob("*") if path.is_file())
 
     def _path(self, name: str) -> Path:
         try:
             check_name(name)
         except ValueError as exc:
             raise HubNotFound(str(exc)) from exc
-        return self._folder / name
+        return self.folder / name
 
     def _stream(self, ref: Ref, name: str) -> Iterator[bytes]:
-        path = self._folder / epoch_tag(ref.epoch) / name
+        path = self.folder / epoch_tag(ref.epoch) / name
         try:
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):

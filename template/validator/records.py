@@ -204,8 +204,12 @@ class RecordsThread:
 
     def _main(self) -> None:
         while True:
-            done = self._upload_all()
-            self._read_others()
+            done = False
+            try:
+                done = self._upload_all()
+                self._read_others()
+            except Exception:  # the boundary of this thread: whatever it is, the next round tries again
+                logger.exception("checks are not published")
             if self._closing.is_set():
                 return
             self._wake.wait(None if done else RETRY_S)
