@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from hivetrain.errors import HubNotFound, IntegrityError
 from hivetrain.run import Scoring
 from hivetrain.scoring import Score
-from hivetrain.scoring.explain import against_manifest, compare, follows, recompute, tell
+from hivetrain.scoring.explain import EVIDENCE, against_manifest, compare, follows, proves, recompute, tell
 from hivetrain.scoring.published import read_record
-from hivetrain.scoring.record import RoundRecord
+from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
+from hivetrain.scoring.score import PROVEN
 from neurons.sources import Source
 from template.chain.keys import verify
 
@@ -125,6 +127,7 @@ def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) ->
         problems=[why for whose, why in again.problems if whose in ("", hotkey)],
         elsewhere=sum(1 for whose, _ in again.problems if whose not in ("", hotkey)),
     )
+    word.problems += _unproved(source, record, hotkey)
     if record.previous:
         try:
             earlier = read_record(source.store, source.repo, record.before.last_round, record.validator, verify)
@@ -136,3 +139,24 @@ def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) ->
     elif record.before.entries:
         word.lines.append("this validator's first record: the averages before it are its word")
     return word
+
+
+def _unproved(source: Source, record: RoundRecord, hotkey: str) -> list[str]:
+    """Faults that the record says are proved, and whose evidence does not prove them."""
+    found = []
+    for check in record.miners[hotkey].checks:
+        if check.fault is None or check.fault not in PROVEN:
+            continue
+        files = {}
+        for proof in record.proofs:
+            if proof.hotkey == hotkey and proof.kind in EVIDENCE[check.fault]:
+                path = evidence_path(record.round, proof.sha256)
+                try:
+                    raw = source.store.read_artefact(source.repo, CHECKS_BRANCH, path, MAX_EVIDENCE_BYTES)
+                except HubNotFound:
+                    continue
+                if hashlib.sha256(raw).hexdigest() == proof.sha256:
+                    files[proof.kind] = raw
+        if not proves(check.fault, hotkey, files, verify):
+            found.append(f"{check.fault.value} is said, and what is published does not prove it")
+    return found

@@ -32,8 +32,8 @@ from neurons.leading import LeadingNeuron, RoundNotes
 from neurons.main import run_neuron
 from template.chain.keys import verify
 from template.validator.collect import address_of, collect_receipts
-from template.validator.records import RecordsThread, build_record
-from template.validator.reward import Seen, gather_facts
+from template.validator.records import RecordsThread, build_record, proven_averages
+from template.validator.reward import gather_facts
 from template.validator.verify import Verifier, draw
 from template.validator.weights import set_weights
 
@@ -213,7 +213,7 @@ class Validator(LeadingNeuron):
             seen=seen,
             average=self.average,
             round_number=position.round,
-            proven=self.records.double_commits(self._last_record),
+            proven=proven_averages(seen, verify) | self.records.double_commits(self._last_record),
         )
         self._last_record = None  # a second receipt is counted once
         scores = score_facts(facts, self.recipe.scoring)
@@ -225,7 +225,7 @@ class Validator(LeadingNeuron):
         shares = self.average.weights()
         self._keep_scores(position, scores, shares)
         if before.last_round < position.round:  # else this round was scored before a restart
-            self._publish_checks(position, base, notes, facts, scores, seen, before, registered)
+            self._publish_checks(position, base, notes, facts, scores, before, registered)
         if self.config.neuron.disable_set_weights:
             return
         weights = set_weights(self.chain, self.metagraph, self.uid, shares)
@@ -240,7 +240,6 @@ class Validator(LeadingNeuron):
         notes: RoundNotes,
         facts: dict[str, RoundFacts | Unscored],
         scores: dict[str, Score | Unscored],
-        seen: Seen,
         before: AverageState,
         registered: set[str],
     ) -> None:
@@ -262,7 +261,6 @@ class Validator(LeadingNeuron):
             after=self.average.state,
             registered=registered,
             shares=self.average.weights(),
-            seen=seen,
             previous=self.records.previous(before.last_round),
         )
         self._last_record = record

@@ -126,7 +126,6 @@ class Ledger:
             after=self.average.state,
             registered=registered,
             shares=self.average.weights(),
-            seen=(),
             previous=self.records[-1].sha256() if self.records else "",
         )
         self.records.append(record)

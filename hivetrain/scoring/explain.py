@@ -10,15 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hivetrain.errors import PeerFault
+import msgpack
+
+from hivetrain.averaging.group import plan_from_dict
+from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
+from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Verify
 from hivetrain.manifest import Manifest
 from hivetrain.run import Scoring
 from hivetrain.scoring.average import AverageState, Entry, MovingAverage
 from hivetrain.scoring.record import MinerRecord, RoundRecord, scoring_sha256
-from hivetrain.scoring.score import RoundFacts, Score, Unscored, score_facts
+from hivetrain.scoring.score import Score, Unscored, score_facts
 from hivetrain.verification.challenge import draw
 from hivetrain.verification.receipt import Receipt, parse_receipt
+
+MAX_PLAN_BYTES = 1 << 20
+EVIDENCE = {
+    Fault.DOUBLE_COMMIT: frozenset({"first_receipt", "second_receipt"}),
+    Fault.WRONG_AVERAGE: frozenset({"wrong_average", "group_plan"}),
+}
+"""Kinds of files that must lie beside a record which names these faults in a check."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +109,13 @@ def _miner_problems(
         problems.append(f"windows {list(miner.drawn)} were drawn, the coins say {list(drawn)}")
     if drawn and not miner.checks and not miner.ours:
         problems.append("it was drawn, and neither a result nor a failure of the validator's is published")
+    kinds = {proof.kind for proof in record.proofs if proof.hotkey == hotkey}
+    for check in miner.checks:
+        if check.fault is None or check.fault not in EVIDENCE:
+            continue
+        missing = EVIDENCE[check.fault] - kinds
+        if missing:
+            problems.append(f"{check.fault.value} is said, and {', '.join(sorted(missing))} not published")
     replayed = [check for check in miner.checks if check.windows]
     if any(check.windows != drawn[: len(check.windows)] for check in replayed):
         problems.append(f"the checks are not of the windows {list(drawn)} that were drawn")
@@ -151,6 +169,26 @@ def two_receipts(records: Sequence[RoundRecord], verify: Verify) -> dict[str, tu
             if same and other.signed_bytes() != receipt.signed_bytes():
                 found.setdefault(hotkey, (other, receipt))
     return found
+
+
+def proves(fault: Fault, hotkey: str, files: Mapping[str, bytes], verify: Verify) -> bool:
+    """Whether published files of evidence, by kind, prove ``fault`` of ``hotkey``. Never raises."""
+    try:
+        if fault is Fault.DOUBLE_COMMIT:
+            one, other = (
+                parse_receipt(files[kind], hotkey=hotkey, verify=verify) for kind in ("first_receipt", "second_receipt")
+            )
+            same = (one.run_id, one.round) == (other.run_id, other.round)
+            return same and one.signed_bytes() != other.signed_bytes()
+        if fault is Fault.WRONG_AVERAGE:
+            if len(files["group_plan"]) > MAX_PLAN_BYTES:
+                return False
+            plan = plan_from_dict(msgpack.unpackb(files["group_plan"], strict_map_key=True))
+            evidence = files["wrong_average"]
+            return hotkey in (proves_two_averages(evidence, plan, verify), proves_wrong_average(evidence, plan, verify))
+    except (KeyError, PeerFault, TypeError, ValueError, msgpack.UnpackException):
+        return False
+    return False
 
 
 def compare(ours: RoundRecord, theirs: RoundRecord, hotkey: str) -> list[str]:
@@ -230,4 +268,13 @@ def in_words(score: Score | Unscored) -> str:
     return f"{score.score:.6f} ({score.gradient:.4f}, {score.steps:.4f}, {score.bandwidth:.4f})"
 
 
-__all__ = ["Recomputed", "RoundFacts", "against_manifest", "compare", "follows", "recompute", "tell", "two_receipts"]
+__all__ = [
+    "Recomputed",
+    "against_manifest",
+    "compare",
+    "follows",
+    "proves",
+    "recompute",
+    "tell",
+    "two_receipts",
+]

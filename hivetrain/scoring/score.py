@@ -15,7 +15,10 @@ from hivetrain.run import Scoring
 SMALL_BYTES = 1_000_000
 """Below this many bytes a rate measures latency, not bandwidth: arriving in time is enough."""
 
-LIES = frozenset({Fault.WRONG_REPLAY, Fault.DOUBLE_COMMIT, Fault.NOT_COMMITTED, Fault.NOT_FINITE})
+PROVEN = frozenset({Fault.DOUBLE_COMMIT, Fault.WRONG_AVERAGE})
+"""Faults of a check that signed bytes prove to anybody: a validator that names one publishes the evidence."""
+
+LIES = PROVEN | {Fault.WRONG_REPLAY, Fault.NOT_COMMITTED, Fault.NOT_FINITE}
 """Faults of a check that prove a lie: they start a cooldown. Silence (REFUSED) costs the round, and proves nothing."""
 
 

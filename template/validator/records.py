@@ -18,13 +18,13 @@ from pathlib import Path
 import msgpack
 
 from hivetrain.averaging.group import plan_to_dict
-from hivetrain.errors import ServiceError
+from hivetrain.errors import Fault, ServiceError
 from hivetrain.hub.store import ArtefactStore
 from hivetrain.identity import Identity, Verify
 from hivetrain.manifest import Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring import AverageState, CheckResult, RoundFacts, Score, Unscored
-from hivetrain.scoring.explain import two_receipts
+from hivetrain.scoring.explain import proves, two_receipts
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
@@ -68,11 +68,10 @@ def build_record(
     after: AverageState,
     registered: set[str],
     shares: Mapping[str, float],
-    seen: Seen,
     previous: str,
 ) -> tuple[RoundRecord, dict[str, bytes]]:
     """One round's record, signed, and the files of evidence by sha256."""
-    proofs, files = pack_evidence(_evidence(facts, seen))
+    proofs, files = pack_evidence(_evidence(facts))
     miners = {
         hotkey: miner_record(
             facts[hotkey],
@@ -103,18 +102,25 @@ def build_record(
     return sign_record(record, identity), files
 
 
-def _evidence(facts: Mapping[str, RoundFacts | Unscored], seen: Seen) -> dict[str, dict[str, bytes]]:
+def proven_averages(seen: Seen, verify: Verify) -> dict[str, CheckResult]:
+    """Reducers whose wrong mean the all-reduce left proof of; with the proof, and the plan to check it against."""
+    found: dict[str, CheckResult] = {}
+    for plan, outcome in seen:
+        for fault in outcome.faults:
+            if not fault.evidence or not fault.hotkey or fault.hotkey in found:
+                continue
+            files = {"wrong_average": fault.evidence, "group_plan": msgpack.packb(plan_to_dict(plan))}
+            if proves(Fault.WRONG_AVERAGE, fault.hotkey, files, verify):
+                found[fault.hotkey] = CheckResult(fault=Fault.WRONG_AVERAGE, detail=fault.detail, evidence=files)
+    return found
+
+
+def _evidence(facts: Mapping[str, RoundFacts | Unscored]) -> dict[str, dict[str, bytes]]:
     """Bytes by kind, by hotkey: what miners opened, second receipts, and proofs of wrong averages with their plans."""
     found: dict[str, dict[str, bytes]] = {}
     for hotkey, fact in facts.items():
         for check in fact.checks if isinstance(fact, RoundFacts) else ():
             found.setdefault(hotkey, {}).update(check.evidence)
-    for plan, outcome in seen:
-        for fault in outcome.faults:
-            if fault.evidence and fault.hotkey:
-                kinds = found.setdefault(fault.hotkey, {})
-                kinds["wrong_average"] = fault.evidence
-                kinds["group_plan"] = msgpack.packb(plan_to_dict(plan))
     return found
 
 

@@ -207,7 +207,6 @@ def source(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Source:
         after=average.state,
         registered=set(everyone),
         shares=average.weights(),
-        seen=(),
         previous="",
     )
     epoch = place.base.manifest.model_copy(

@@ -14,7 +14,7 @@ from hivetrain.errors import Fault, IntegrityError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import Manifest
 from hivetrain.scoring import CheckResult, RoundFacts, Unscored
-from hivetrain.scoring.explain import against_manifest, compare, follows, recompute, tell, two_receipts
+from hivetrain.scoring.explain import against_manifest, compare, follows, proves, recompute, tell, two_receipts
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
@@ -191,6 +191,24 @@ def test_two_signed_receipts_in_two_records_are_a_proof_and_a_forged_one_is_not(
     forged = Ledger(SECOND).round(0, receipts={THREE: second.model_copy(update={"signature": "00" * 64})})
     assert two_receipts([one, forged], verify) == {}
     assert two_receipts([one, Ledger(SECOND).round(0)], verify) == {}
+
+
+def test_a_proof_that_is_said_must_be_published(ledger: Ledger) -> None:
+    record = ledger.round(0)
+    first = record.miners[THREE].receipt
+    assert first is not None
+    second = signed_receipt(MINERS[2], 0, base_ref(), loss=4.4)
+    verdict = double_commit(first, second)
+    record = ledger.round(1, results={THREE: verdict})
+    assert recompute(record, SCORING, verify).problems == ()
+    assert {proof.kind for proof in record.proofs} == {"first_receipt", "second_receipt"}
+    assert proves(Fault.DOUBLE_COMMIT, THREE, verdict.evidence, verify)
+    assert "first_receipt, second_receipt not published" in problems(resigned(record, proofs=()), THREE)
+    same = {"first_receipt": first.to_bytes(), "second_receipt": first.to_bytes()}
+    other = {**verdict.evidence, "second_receipt": signed_receipt(MINERS[2], 5, base_ref()).to_bytes()}
+    for unproved in (same, other, {}, {**verdict.evidence, "first_receipt": b"{"}):
+        assert not proves(Fault.DOUBLE_COMMIT, THREE, unproved, verify)
+    assert not proves(Fault.WRONG_REPLAY, THREE, verdict.evidence, verify)
 
 
 # -- bytes of strangers ---------------------------------------------------------------------------------------
