@@ -129,6 +129,27 @@ def test_one_that_stands_still_is_our_failure_and_the_next_one_takes_its_place(p
     assert place.replay.pid is None
 
 
+def test_an_answer_to_another_question_is_nobodys_verdict(place: Place) -> None:
+    """A wait that was broken off leaves its answer in the pipe."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    place.replay.begin_round(place.base, ROUND, lambda: True)
+    other = place.world.work(batches=place.world.bench.round_data(place.world.parts, ROUND, 1).batch)
+    cheat = place.world.contribution(MINER, work=other)
+    place.replay._on_wait = interrupt
+    with pytest.raises(Interrupted):
+        place.replay.judge(cheat.receipt, place.draw(), answer_of(cheat))
+    place.replay._on_wait = lambda: None
+    with pytest.raises(ServiceError, match="answered question"):
+        place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    assert place.replay.pid is None
+
+
 def test_a_run_that_it_cannot_open_is_our_failure(place: Place, tmp_path: Path) -> None:
     replay = ReplayProcess(dataclasses.replace(place.replay._spec, run_id="00" * 32, cache=tmp_path))
     try:
