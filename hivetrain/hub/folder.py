@@ -16,6 +16,7 @@ from hivetrain.errors import HubError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubStore
 from hivetrain.hub.store import (
     MAX_ARTEFACT_BYTES,
+    always,
     check_name,
     fetch_verified,
     genesis_base,
@@ -67,7 +68,9 @@ class FolderStore:
             return verified_manifest(ref, self._read(path, MAX_MANIFEST_BYTES))
         return b"".join(verified(ref, name, self._stream(ref, name)))
 
-    def publish(self, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Ref:
+    def publish(
+        self, manifest: Manifest, files: Mapping[str, bytes | Path], before_tag: Callable[[], None] = always
+    ) -> Ref:
         """A copy is read only.
 
         Raises:
