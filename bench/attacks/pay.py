@@ -1,0 +1,206 @@
+"""The lottery of challenges over known facts, and the pay that comes of it.
+
+One play draws a run's block hashes and coins, and then goes through its rounds with the production draw, weights in
+the mean, scores and moving average. *Pay* is the share of the weights, summed over the rounds. One validator: with
+more of them everyone is drawn more often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.attacks.cheat import Cheat
+from bench.attacks.rounds import Checks, CheatRound, HonestRound
+from bench.attacks.world import VALIDATOR
+from hivetrain.run import Scoring
+from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
+from hivetrain.scoring import score as score_module
+from hivetrain.verification.receipt import Receipt
+from template.validator.collect import Collected
+from template.validator.reward import Seen, round_weights, score_miners
+from template.validator.verify import draw
+
+
+class Average(MovingAverage):
+    """A moving average that is kept in memory."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__(Path("/nonexistent"), scoring)
+
+    def _save(self) -> None:
+        """Thousands of plays: no file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Play:
+    """What one play paid.
+
+    Attributes:
+        cheat, honest: pay of the cheat, and of an honest miner on average.
+        caught: the first round, from 1, in which a check or the all-reduce found it out; None: never.
+        replayed: windows that were replayed, over all that the miners had.
+    """
+
+    cheat: float
+    honest: float
+    caught: int | None
+    replayed: float
+
+
+def play(
+    seed: int, scoring: Scoring, honest: Sequence[HonestRound], cheat: Sequence[CheatRound], cheated: Cheat | None = None
+) -> Play:
+    """Draw and pay one run."""
+    average, key = Average(scoring), cheat[0].key.hotkey
+    hotkeys = [*(one.hotkey for one in honest[0].keys), key]
+    paid = dict.fromkeys(hotkeys, 0.0)
+    caught: int | None = None
+    replayed = windows = 0
+    for number, (ours, its) in enumerate(zip(honest, cheat, strict=True)):
+        receipts = {one.receipt.hotkey: one.receipt for one in ours.contributions}
+        found: dict[str, Checks] = dict(zip(receipts, ours.checks, strict=True))
+        refused: dict[str, str] = {}
+        if its.receipt is not None:
+            receipts[key], found[key] = its.receipt, its.checks
+        else:
+            refused[key] = its.refused
+        checks, num_windows = _draw(seed, number, scoring, receipts, found)
+        replayed += num_windows
+        windows += sum(receipt.num_snapshots for receipt in receipts.values())
+        is_in = its.seen is not None and round_weights(receipts, checks, average, number).get(key, 0.0) > 0
+        seen: Seen = (its.seen if is_in and its.seen is not None else ours.seen,)
+        scores = _score(hotkeys, receipts, refused, checks, seen, average, number, scoring, cheated)
+        average.update(number, scores, set(hotkeys))
+        for hotkey, share in average.weights().items():
+            paid[hotkey] += share
+        if caught is None and (_failed(checks.get(key)) or key in refused or _blamed(seen, key)):
+            caught = number + 1
+    return Play(
+        cheat=paid.pop(key), honest=statistics.fmean(paid.values()), caught=caught, replayed=replayed / windows
+    )
+
+
+def _draw(
+    seed: int, number: int, scoring: Scoring, receipts: Mapping[str, Receipt], found: Mapping[str, Checks]
+) -> tuple[dict[str, CheckResult | None], int]:
+    """What the checks that are drawn in a round find, and how many windows they replay."""
+    coins = hashlib.sha256(f"coins {seed} {number}".encode()).digest()
+    block_hash = hashlib.sha256(f"block {seed} {number}".encode()).hexdigest()
+    checks: dict[str, CheckResult | None] = {}
+    num_windows = 0
+    for hotkey, receipt in receipts.items():
+        drawn = draw(
+            block_hash=block_hash,
+            validator=VALIDATOR.hotkey,
+            miner=hotkey,
+            coins=coins,
+            num_snapshots=receipt.num_snapshots,
+            scoring=scoring,
+        )
+        num_windows += len(drawn.windows)
+        if drawn.windows:
+            checks[hotkey] = worst([found[hotkey][window] for window in drawn.windows])
+    return checks, num_windows
+
+
+def worst(results: Sequence[CheckResult]) -> CheckResult:
+    """What a check of several windows finds: the first fault, or the largest distance."""
+    faulty = next((one for one in results if one.fault is not None), None)
+    return faulty or max(results, key=lambda one: one.distance or 0.0)
+
+
+def _score(
+    hotkeys: Sequence[str],
+    receipts: Mapping[str, Receipt],
+    refused: Mapping[str, str],
+    checks: Mapping[str, CheckResult | None],
+    seen: Seen,
+    average: MovingAverage,
+    number: int,
+    scoring: Scoring,
+    cheat: Cheat | None,
+) -> dict[str, Score | Unscored]:
+    limit = score_module.SMALL_BYTES
+    if cheat is not None and cheat.small_rates:
+        score_module.SMALL_BYTES = 0
+    try:
+        return score_miners(
+            miners=hotkeys,
+            collected=Collected(receipts=dict(receipts), refused=dict(refused)),
+            checks=checks,
+            seen=seen,
+            average=average,
+            round_number=number,
+            scoring=scoring,
+        )
+    finally:
+        score_module.SMALL_BYTES = limit
+
+
+def _failed(check: CheckResult | None) -> bool:
+    return check is not None and check.fault is not None
+
+
+def _blamed(seen: Seen, hotkey: str) -> bool:
+    return any(fault.hotkey == hotkey for _, outcome in seen for fault in outcome.faults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paid:
+    """The mean of many plays.
+
+    Attributes:
+        relative: the cheat's pay over an honest miner's.
+        per_work: the same, over the share of the honest work that it did; None where it did none.
+        caught: share of the plays in which it was found out.
+        rounds: until then, the mean over those; None where it never was.
+        replayed: share of all windows that were replayed.
+    """
+
+    relative: float
+    per_work: float | None
+    caught: float
+    rounds: float | None
+    replayed: float
+
+
+def pay(
+    scoring: Scoring, honest: Sequence[HonestRound], cheat: Sequence[CheatRound], cheated: Cheat, num_plays: int
+) -> Paid:
+    """Play ``num_plays`` runs."""
+    plays = [play(seed, scoring, honest, cheat, cheated) for seed in range(num_plays)]
+    relative = statistics.fmean(one.cheat for one in plays) / statistics.fmean(one.honest for one in plays)
+    done = statistics.fmean(one.work_done for one in cheat)
+    found = [one.caught for one in plays if one.caught is not None]
+    return Paid(
+        relative=relative,
+        per_work=relative / done if done > 0 else None,
+        caught=len(found) / len(plays),
+        rounds=statistics.fmean(found) if found else None,
+        replayed=statistics.fmean(one.replayed for one in plays),
+    )
+
+
+def with_share(scoring: Scoring, check_share: float) -> Scoring:
+    """The recipe's scoring with another share of miners checked."""
+    return dataclasses.replace(scoring, check_share=check_share)
+
+
+def evidence(rounds: Sequence[CheatRound]) -> str:
+    """The first thing that anybody could hold against it, in words."""
+    for one in rounds:
+        if one.refused:
+            return one.refused
+        for check in one.checks:
+            if check.fault is not None:
+                return f"{check.fault.value}: {check.detail}"
+        if one.seen is not None:
+            for fault in one.seen[1].faults:
+                if fault.hotkey == one.key.hotkey:
+                    return f"{fault.fault.value}: {fault.detail}"
+    return "none"
