@@ -38,10 +38,9 @@ class WorksOnDemand(Invented):
         assert self._scene is not None
         ends = self._scene.steps()
         last = max(request.snapshots)
-        computed = in_windows(self._scene, {window: 0 for window in range(last + 1, len(ends))}).snapshots
+        computed = in_windows(self._scene, dict.fromkeys(range(last + 1, len(ends)), 0)).snapshots
         openings = tuple(
             opening.model_copy(update={"payload": encode_snapshot(computed[opening.index]).payload})
             for opening in honest.openings
         )
         return honest.model_copy(update={"openings": openings})
-

@@ -20,7 +20,6 @@ from bench.attacks.sending import (
     WrongShape,
 )
 from bench.attacks.training import (
-    ClaimsMore,
     Copy,
     Invented,
     Noisy,
@@ -69,7 +68,7 @@ CATALOGUE: dict[str, Make] = {
     "other-data": _batches("trains on another miner's data", Kind.WORKS, training.others_data),
     "own-data-twice": _batches("reads half of its data and trains on it twice", Kind.WORKS, training.own_data_twice),
     "one-batch": _batches("trains on its first batch in every step", Kind.WORKS, training.one_batch),
-    "claims-more": lambda name: ClaimsMore(name, "takes half of the steps and claims all of them"),
+    "claims-more": lambda name: Skips(name, "takes half of the steps and claims all of them", 0.5),
     "honest-prefix": lambda name: PrefixThenGarbage(name, "takes half of the steps, then hands in a random walk"),
     "other-bytes": lambda name: OtherBytes(name, "commits to its work and averages something else"),
     "inflated-weight": lambda name: Inflates(name, "claims ten times its samples"),
@@ -79,7 +78,9 @@ CATALOGUE: dict[str, Make] = {
     "fast-to-validator": lambda name: TwoSpeeds(name, "sends fast to validators and slowly to miners", False),
     "slow-to-validator": lambda name: TwoSpeeds(name, "sends fast to miners and slowly to validators", True),
     "nan": lambda name: Poisoned(name, "does the work, and commits to a payload with NaN in it", float("nan")),
-    "infinity": lambda name: Poisoned(name, "does the work, and commits to a payload with infinity in it", float("inf")),
+    "infinity": lambda name: Poisoned(
+        name, "does the work, and commits to a payload with infinity in it", float("inf")
+    ),
     "1e30": lambda name: Poisoned(name, "does the work, and commits to a payload with 1e30 in it", 1e30),
     "wrong-shape": lambda name: WrongShape(name, "announces a vector of another shape in the all-reduce"),
     "pickle": lambda name: Pickled(name, "commits to pickles for snapshots and payload"),

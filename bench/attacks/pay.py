@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.attacks.cheat import Cheat
-from bench.attacks.rounds import Checks, CheatRound, HonestRound
+from bench.attacks.rounds import CheatRound, Checks, HonestRound
 from bench.attacks.world import VALIDATOR
 from hivetrain.run import Scoring
 from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
@@ -53,7 +53,11 @@ class Play:
 
 
 def play(
-    seed: int, scoring: Scoring, honest: Sequence[HonestRound], cheat: Sequence[CheatRound], cheated: Cheat | None = None
+    seed: int,
+    scoring: Scoring,
+    honest: Sequence[HonestRound],
+    cheat: Sequence[CheatRound],
+    cheated: Cheat | None = None,
 ) -> Play:
     """Draw and pay one run."""
     average, key = Average(scoring), cheat[0].key.hotkey
@@ -80,9 +84,7 @@ def play(
             paid[hotkey] += share
         if caught is None and (_failed(checks.get(key)) or key in refused or _blamed(seen, key)):
             caught = number + 1
-    return Play(
-        cheat=paid.pop(key), honest=statistics.fmean(paid.values()), caught=caught, replayed=replayed / windows
-    )
+    return Play(cheat=paid.pop(key), honest=statistics.fmean(paid.values()), caught=caught, replayed=replayed / windows)
 
 
 def _draw(
@@ -204,3 +206,16 @@ def evidence(rounds: Sequence[CheatRound]) -> str:
                 if fault.hotkey == one.key.hotkey:
                     return f"{fault.fault.value}: {fault.detail}"
     return "none"
+
+
+def plays_until(
+    scoring: Scoring,
+    honest: Sequence[HonestRound],
+    cheat: Sequence[CheatRound],
+    cheated: Cheat,
+    num_plays: int,
+    epochs: Sequence[int],
+) -> tuple[float, ...]:
+    """Share of the plays in which it is found out within so many epochs."""
+    caught = [play(seed, scoring, honest, cheat, cheated).caught for seed in range(num_plays)]
+    return tuple(sum(one is not None and one <= limit for one in caught) / num_plays for limit in epochs)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -49,6 +50,15 @@ MAX_REPLY_BYTES = 64 << 20
 
 Checks = tuple[CheckResult, ...]
 """What a check finds where window 0, 1, ... of a round is drawn."""
+
+
+def honest_keys(num_miners: int) -> tuple[Key, ...]:
+    """Keys of honest miners, all of whose hotkeys sort behind the cheat's: where order decides, it is for the cheat."""
+    keys = (Key(seed) for seed in itertools.count(100))
+    return tuple(itertools.islice((key for key in keys if key.hotkey > CHEATER.hotkey), num_miners))
+
+
+CHEATER = min((Key(seed) for seed in range(50, 80)), key=lambda key: key.hotkey)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,7 +111,7 @@ class CountedRun:
 
 def honest_rounds(world: World, num_miners: int, num_rounds: int) -> list[HonestRound]:
     """A run of honest miners, checked window by window."""
-    keys = tuple(Key(100 + rank) for rank in range(num_miners))
+    keys = honest_keys(num_miners)
     rounds: list[HonestRound] = []
     base, state, previous = world.genesis, world.state, None
     for number in range(num_rounds):
@@ -164,11 +174,8 @@ def make_scene(
 
 def cheat_round(world: World, cheat: Cheat, honest: HonestRound) -> CheatRound:
     """One round of ``cheat`` beside the honest miners of that round."""
-    rank = len(honest.keys)
-    key = Key(100 + rank)
-    scene = make_scene(
-        world, honest.base, honest.state, honest.previous, honest.number, rank, key, honest.works[0]
-    )
+    rank, key = len(honest.keys), CHEATER
+    scene = make_scene(world, honest.base, honest.state, honest.previous, honest.number, rank, key, honest.works[0])
     work = cheat.train(scene)
     contribution = cheat.commit(scene, work)
     counted = cast("CountedRun", scene.run)
@@ -263,6 +270,7 @@ def honest_answer(world: World, base: Ref, contribution: Contribution, request: 
         why_not_leader=lambda *_: None,
     )
     caller = Caller(hotkey=VALIDATOR.hotkey, host="127.0.0.1", uid=0, stake=1.0, validator_permit=True)
+
     async def converse() -> TrainReply:
         digest = hashlib.sha256(request.coins).digest()
         await handlers.train(request.model_copy(update={"want": "receipt", "coins": digest, "snapshots": ()}), caller)
@@ -407,4 +415,3 @@ def publish(
 
 
 __all__ = ["CheatRound", "Checks", "HonestRound", "cheat_round", "exchange", "honest_rounds", "judge", "publish"]
-

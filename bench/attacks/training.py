@@ -117,9 +117,7 @@ class OwnBase(Cheat):
         start = scene.state
         if self._last is not None:
             last = self._last
-            start = dataclasses.replace(
-                start, vector=last.vector, exp_avg=last.exp_avg, exp_avg_sq=last.exp_avg_sq
-            )
+            start = dataclasses.replace(start, vector=last.vector, exp_avg=last.exp_avg, exp_avg_sq=last.exp_avg_sq)
         work = scene.run(start, scene.data.batch, num_steps=scene.num_steps)
         self._last = work.snapshots[-1]
         return work
@@ -132,6 +130,20 @@ class OldState(Cheat):
         return scene.run(scene.previous or scene.state, scene.data.batch, num_steps=scene.num_steps)
 
 
+def without(scene: Scene, share: float) -> dict[int, int]:
+    """Steps left in each window where ``share`` of them are left out at the round's end, in as few as will do."""
+    left = max(1, round(share * scene.num_steps))
+    ends = scene.steps()
+    taken: dict[int, int] = {}
+    for window in reversed(range(len(ends))):
+        size = ends[window] - (ends[window - 1] if window else 0)
+        skipped = min(size, left)
+        left -= skipped
+        if skipped:
+            taken[window] = size - skipped
+    return taken
+
+
 class Skips(Cheat):
     """Leaves steps out, in as few windows as will do: spread out they would lie in every window that can be drawn."""
 
@@ -142,16 +154,7 @@ class Skips(Cheat):
         self._share = share
 
     def train(self, scene: Scene) -> RoundWork:
-        left = max(1, round(self._share * scene.num_steps))
-        ends = scene.steps()
-        taken: dict[int, int] = {}
-        for window in reversed(range(len(ends))):
-            size = ends[window] - (ends[window - 1] if window else 0)
-            skipped = min(size, left)
-            left -= skipped
-            if skipped:
-                taken[window] = size - skipped
-        return in_windows(scene, taken)
+        return in_windows(scene, without(scene, self._share))
 
 
 class SkipsEverywhere(Cheat):
@@ -209,19 +212,10 @@ class PrefixThenGarbage(Cheat):
     kind = Kind.PART
 
     def train(self, scene: Scene) -> RoundWork:
-        work = in_windows(scene, {window: 0 for window, end in enumerate(scene.steps()) if 2 * end > scene.num_steps})
-        made = TYPICAL_MOVE * noise(scene)
+        left = without(scene, 0.5)
+        work, made = in_windows(scene, left), TYPICAL_MOVE * noise(scene)
         bent = [
-            one if 2 * one.step <= scene.num_steps else dataclasses.replace(one, vector=one.vector + made * one.step)
-            for one in work.snapshots
+            dataclasses.replace(one, vector=one.vector + made * one.step) if window in left else one
+            for window, one in enumerate(work.snapshots)
         ]
         return claimed(scene, bent, work.losses)
-
-
-class ClaimsMore(Cheat):
-    """The first half of the steps, and a receipt for all of them."""
-
-    kind = Kind.PART
-
-    def train(self, scene: Scene) -> RoundWork:
-        return in_windows(scene, {window: 0 for window, end in enumerate(scene.steps()) if 2 * end > scene.num_steps})
