@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from bench.attacks import training
 from bench.attacks.answering import AnswersLate, Refuses, WorksOnDemand
-from bench.attacks.cheat import Cheat, Kind
+from bench.attacks.cheat import Cheat, Kind, Scene
 from bench.attacks.sending import (
     FalseAccuser,
     Hijacks,
@@ -33,11 +33,12 @@ from bench.attacks.training import (
     Stale,
     Zero,
 )
+from hivetrain.training.inner import Batches
 
 Make = Callable[[str], Cheat]
 
 
-def _batches(what: str, kind: Kind, batches: Callable[[training.Scene], training.Batches]) -> Make:
+def _batches(what: str, kind: Kind, batches: Callable[[Scene], Batches]) -> Make:
     return lambda name: OtherBatches(name, what, kind, batches)
 
 
