@@ -17,7 +17,7 @@ from hivetrain.progress import Phase, Position, phase_window
 from hivetrain.scoring import CheckResult, MovingAverage
 from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Receipt
-from template.anchor import candidates
+from template.anchor import Candidate, candidates, first_owners
 from template.chain.client import NeuronInfo
 from template.chain.keys import verify
 from template.config import NeuronConfig, Secrets
@@ -67,12 +67,20 @@ class LeadingNeuron(Neuron):
         super().__init__(config, secrets)
         self._resting: dict[str, int] = {}  # until which round a member reduces nothing, for it left a part undone
         self._links = LinkBook()
+        self._peer_owners: dict[str, str] = {}  # who was the first to announce a libp2p peer as its own
 
     def start(self) -> None:
         """Open everything, as `Node.start`, and read the averages."""
         super().start()
         self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
         self.average.load()
+
+    def read_anchors(self) -> list[Candidate]:
+        """Read what everyone has committed, as `Neuron.read_anchors`; and remember who announced which peer first."""
+        found = super().read_anchors()
+        registered = {neuron.hotkey for neuron in self.metagraph.neurons}
+        self._peer_owners = first_owners(self._peer_owners, self.anchors, registered)
+        return found
 
     def average_group(self, position: Position, base: Ref, notes: RoundNotes) -> None:
         """Lead the all-reduce and publish, or sit in it and stand by: where a leader is silent, the next one leads.
@@ -199,6 +207,7 @@ class LeadingNeuron(Neuron):
             sitting=self._awake(order, position.round),
             resting={hotkey for hotkey, until in self._resting.items() if position.round < until},
             shares=self._links.shares(),
+            owners=self._peer_owners,
             anchors={hotkey: anchor for hotkey, (_, anchor) in self.anchors.items()},
             duration_s=duration_s,
         )

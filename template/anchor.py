@@ -6,7 +6,7 @@ anchored by a permitted validator before the round's first block, so no two node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -92,6 +92,23 @@ def parse_anchors(commitments: Mapping[str, ChainCommitment]) -> dict[str, tuple
         except PeerFault:
             continue  # a stranger's commitment of another kind is nobody's fault
     return anchors
+
+
+def first_owners(
+    known: Mapping[str, str], anchors: Mapping[str, tuple[int, Anchor]], registered: Collection[str]
+) -> dict[str, str]:
+    """``peer id -> hotkey`` of who was the first to announce it, among those registered now.
+
+    A peer is bound to a hotkey only by a handshake, so anybody can announce another's; the first one owns it.
+
+    Args:
+        known: from the last time; it stands.
+    """
+    owners = {peer: hotkey for peer, hotkey in known.items() if hotkey in registered}
+    for hotkey, (_, anchor) in sorted(anchors.items(), key=lambda one: (one[1][0], one[0])):
+        if anchor.peer_id and hotkey in registered:
+            owners.setdefault(anchor.peer_id, hotkey)
+    return owners
 
 
 def voted_run(anchors: Mapping[str, tuple[int, Anchor]], stakes: Mapping[str, float]) -> tuple[str, str] | None:

@@ -21,18 +21,18 @@ from pathlib import Path
 import torch
 
 from bench.attacks.catalogue import CATALOGUE, make_cheat
-from bench.attacks.cheat import Kind
+from bench.attacks.cheat import Cheat, Kind
 from bench.attacks.outside import OUTSIDE
-from bench.attacks.pay import evidence, pay, plays_until, with_share
+from bench.attacks.pay import Done, evidence, found_within, pay, with_share
 from bench.attacks.rounds import HonestRound, cheat_round, honest_rounds
 from bench.attacks.world import TINY, World, make_world
-from bench.harness import Claim, at_most, report, table
+from bench.harness import Claim, at_least, at_most, report, table
 
 NUM_ROUNDS, NUM_HONEST, NUM_PLAYS = 20, 3, 200
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 EPOCHS = (1, 4, 16)
 QUICK = ("random", "skip-25", "on-demand")
-WHOLE_GOAL, PART_GOAL = 0.05, 1.0
+WHOLE_GOAL, PART_GOAL, OTHERS_GOAL = 0.05, 1.0, 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class Row:
         work: share of an honest miner's tokens that it trained on.
         pay, per_work: relative to an honest miner's.
         caught: share of the plays in which it is found out, within ``rounds`` on average.
+        others: pay of the honest miner that it hurts most, over that of the one that it hurts least.
         by_share: share of miners checked -> [pay, pay per work, windows replayed].
         within: share of miners checked -> found out within 1, 4 and 16 epochs.
     """
@@ -55,6 +56,7 @@ class Row:
     per_work: float | None
     caught: float
     rounds: float | None
+    others: float
     evidence: str
     by_share: dict[str, tuple[float, float | None, float]] = field(default_factory=dict)
     within: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -64,27 +66,35 @@ class Row:
 def measure(world: World, honest: Sequence[HonestRound], name: str, num_plays: int, setting: str) -> Row:
     """Let one cheat run beside the honest miners, and play."""
     cheat = make_cheat(name)
-    rounds = [cheat_round(world, cheat, one) for one in honest]
+    if cheat.resting is not None:
+        works, rests = Cheat(name, cheat.what), cheat.resting
+        done = Done(
+            cheat=cheat,
+            rounds=[cheat_round(world, works, one) for one in honest],
+            resting=[cheat_round(world, rests, one) for one in honest],
+        )
+    else:
+        done = Done(cheat=cheat, rounds=[cheat_round(world, cheat, one) for one in honest])
     scoring = world.parts.recipe.scoring
-    paid = pay(scoring, honest, rounds, cheat, num_plays)
+    paid, _ = pay(scoring, honest, done, num_plays)
     by_share: dict[str, tuple[float, float | None, float]] = {}
     within: dict[str, tuple[float, ...]] = {}
     if cheat.kind in (Kind.WHOLE, Kind.PART):
         for share in SHARES:
-            other = with_share(scoring, share)
-            found = pay(other, honest, rounds, cheat, num_plays)
+            found, plays = pay(with_share(scoring, share), honest, done, num_plays)
             by_share[f"{share:g}"] = (found.relative, found.per_work, found.replayed)
-            within[f"{share:g}"] = plays_until(other, honest, rounds, cheat, num_plays, EPOCHS)
+            within[f"{share:g}"] = found_within(plays, EPOCHS)
     return Row(
         name=name,
         what=cheat.what,
         kind=cheat.kind.value,
-        work=sum(one.work_done for one in rounds) / len(rounds),
+        work=paid.work,
         pay=paid.relative,
         per_work=paid.per_work,
         caught=paid.caught,
         rounds=paid.rounds,
-        evidence=evidence(rounds)[:160],
+        others=paid.worst,
+        evidence=evidence(done)[:160],
         by_share=by_share,
         within=within,
         setting=setting,
@@ -117,7 +127,7 @@ def show(rows: Sequence[Row], world: World, stopped: Sequence[tuple[str, str, st
     """The tables."""
     default = world.parts.recipe.scoring.check_share
     title = f"Pay over {NUM_ROUNDS} rounds, {default:g} of the miners checked, relative to an honest miner's"
-    columns = ("cheat", "kind", "work", "pay", "per work", "found out", "round", "evidence")
+    columns = ("cheat", "kind", "work", "pay", "per work", "found out", "round", "others", "evidence")
     table(title, columns, [_cells(row) for row in rows])
     graded = [row for row in rows if row.by_share]
     shares = list(graded[0].by_share) if graded else []
@@ -149,7 +159,8 @@ def show(rows: Sequence[Row], world: World, stopped: Sequence[tuple[str, str, st
 def _cells(row: Row) -> tuple[str, ...]:
     per_work = "-" if row.per_work is None else f"{row.per_work:.3f}"
     rounds = "-" if row.rounds is None else f"{row.rounds:.1f}"
-    return row.name, row.kind, f"{row.work:.2f}", f"{row.pay:.3f}", per_work, f"{row.caught:.0%}", rounds, row.evidence
+    caught, others = f"{row.caught:.0%}", f"{row.others:.3f}"
+    return row.name, row.kind, f"{row.work:.2f}", f"{row.pay:.3f}", per_work, caught, rounds, others, row.evidence
 
 
 TOUCHED = {"skip-5": 0.05, "skip-10": 0.1, "skip-25": 0.25, "skip-50": 0.5}
@@ -185,6 +196,10 @@ def claims_of(
     if works:
         most = max(works, key=lambda row: row.pay)
         claims.append(at_most(f"pay of a cheat that does the work, at most ({most.name})", most.pay, PART_GOAL + 1e-9))
+    if rows:
+        hurt = min(rows, key=lambda row: row.others)
+        name = f"pay of the honest miner that a cheat hurts most ({hurt.name}), over that of another"
+        claims.append(at_least(name, hurt.others, OTHERS_GOAL))
     claims.append(at_most("attacks without any work that nothing stops", sum(not why for *_, why in stopped), 0))
     return claims
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.attacks.cheat import Scene, in_windows
+from bench.attacks.cheat import Cheat, Kind, Scene, in_windows
 from bench.attacks.training import Invented
 from hivetrain.training.inner import RoundWork
 from hivetrain.verification.receipt import encode_snapshot
@@ -44,3 +44,25 @@ class WorksOnDemand(Invented):
             for opening in honest.openings
         )
         return honest.model_copy(update={"openings": openings})
+
+
+class Sleeper(Cheat):
+    """Works until it has been challenged, then does as ``resting`` does until it is challenged again.
+
+    It cannot know when it will be drawn, but it knows when it was.
+    """
+
+    kind = Kind.PART
+
+    def __init__(self, name: str, what: str, resting: Cheat) -> None:
+        super().__init__(name, what)
+        self.resting: Cheat = resting
+        self._rests = self._challenged = False
+
+    def train(self, scene: Scene) -> RoundWork:
+        self._rests, self._challenged = self._rests is not self._challenged, False
+        return self.resting.train(scene) if self._rests else super().train(scene)
+
+    def answer(self, request: Train, honest: TrainReply) -> TrainReply | None:
+        self._challenged = True
+        return self.resting.answer(request, honest) if self._rests else honest

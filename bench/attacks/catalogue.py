@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.attacks import training
-from bench.attacks.answering import AnswersLate, Refuses, WorksOnDemand
+from bench.attacks.answering import AnswersLate, Refuses, Sleeper, WorksOnDemand
 from bench.attacks.cheat import Cheat, Kind, Scene
 from bench.attacks.sending import (
     FalseAccuser,
@@ -76,6 +76,12 @@ CATALOGUE: dict[str, Make] = {
     "refuses": lambda name: Refuses(name, "commits noise, and refuses every challenge", Kind.WHOLE),
     "answers-late": lambda name: AnswersLate(name, "commits noise, and answers when checks are over", Kind.WHOLE),
     "on-demand": lambda name: WorksOnDemand(name, "commits noise, and computes what it is asked to open"),
+    "sleeper": lambda name: Sleeper(
+        name, "works until it is challenged, then hands in a random walk until it is again", Invented(name, "")
+    ),
+    "refusing-sleeper": lambda name: Sleeper(
+        name, "works until it is challenged, then rests and refuses the next challenge", Refuses(name, "")
+    ),
     "fast-to-validator": lambda name: TwoSpeeds(name, "sends fast to validators and slowly to miners", False),
     "slow-to-validator": lambda name: TwoSpeeds(name, "sends fast to miners and slowly to validators", True),
     "nan": lambda name: Poisoned(name, "does the work, and commits to a payload with NaN in it", float("nan")),

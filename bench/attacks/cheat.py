@@ -118,10 +118,12 @@ class Cheat:
         what: what it does, in one sentence.
         kind: what it saves.
         small_rates: the simulation measures its link's rate even below a megabyte.
+        resting: what it does from a challenge on until the next one, where it then does something else.
     """
 
     kind = Kind.WORKS
     small_rates = False
+    resting: Cheat | None = None
 
     def __init__(self, name: str, what: str, kind: Kind | None = None) -> None:
         self.name = name

@@ -44,28 +44,44 @@ class Play:
         cheat, honest: pay of the cheat, and of an honest miner on average.
         caught: the first round, from 1, in which a check or the all-reduce found it out; None: never.
         replayed: windows that were replayed, over all that the miners had.
+        work: of an honest miner's.
+        worst: pay of the honest miner that got least, over that of the one that got most.
     """
 
     cheat: float
     honest: float
+    worst: float
     caught: int | None
     replayed: float
+    work: float
 
 
-def play(
-    seed: int,
-    scoring: Scoring,
-    honest: Sequence[HonestRound],
-    cheat: Sequence[CheatRound],
-    cheated: Cheat | None = None,
-) -> Play:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a cheat did in every round, and would have done had it rested (`Cheat.resting`)."""
+
+    cheat: Cheat
+    rounds: Sequence[CheatRound]
+    resting: Sequence[CheatRound] = ()
+
+    @property
+    def hotkey(self) -> str:
+        """The cheat's."""
+        return self.rounds[0].key.hotkey
+
+
+def play(seed: int, scoring: Scoring, honest: Sequence[HonestRound], done: Done) -> Play:
     """Draw and pay one run."""
-    average, key = Average(scoring), cheat[0].key.hotkey
+    average, key = Average(scoring), done.hotkey
     hotkeys = [*(one.hotkey for one in honest[0].keys), key]
     paid = dict.fromkeys(hotkeys, 0.0)
     caught: int | None = None
     replayed = windows = 0
-    for number, (ours, its) in enumerate(zip(honest, cheat, strict=True)):
+    work: list[float] = []
+    rests = False
+    for number, ours in enumerate(honest):
+        its = (done.resting if rests else done.rounds)[number]
+        work.append(its.work_done)
         receipts = {one.receipt.hotkey: one.receipt for one in ours.contributions}
         found: dict[str, Checks] = dict(zip(receipts, ours.checks, strict=True))
         refused: dict[str, str] = {}
@@ -78,13 +94,22 @@ def play(
         windows += sum(receipt.num_snapshots for receipt in receipts.values())
         is_in = its.seen is not None and round_weights(receipts, checks, average, number).get(key, 0.0) > 0
         seen: Seen = (its.seen if is_in and its.seen is not None else ours.seen,)
-        scores = _score(hotkeys, receipts, refused, checks, seen, average, number, scoring, cheated)
+        scores = _score(hotkeys, receipts, refused, checks, seen, average, number, scoring, done.cheat)
         average.update(number, scores, set(hotkeys))
         for hotkey, share in average.weights().items():
             paid[hotkey] += share
         if caught is None and (_failed(checks.get(key)) or key in refused or _blamed(seen, key)):
             caught = number + 1
-    return Play(cheat=paid.pop(key), honest=statistics.fmean(paid.values()), caught=caught, replayed=replayed / windows)
+        if done.resting and key in checks:
+            rests = not rests
+    return Play(
+        cheat=paid.pop(key),
+        honest=statistics.fmean(paid.values()),
+        worst=min(paid.values()) / max(paid.values()),
+        caught=caught,
+        replayed=replayed / windows,
+        work=statistics.fmean(work),
+    )
 
 
 def _draw(
@@ -158,34 +183,39 @@ class Paid:
 
     Attributes:
         relative: the cheat's pay over an honest miner's.
-        per_work: the same, over the share of the honest work that it did; None where it did none.
+        work: share of the honest work that it did.
+        per_work: ``relative / work``; None where it did none.
         caught: share of the plays in which it was found out.
         rounds: until then, the mean over those; None where it never was.
         replayed: share of all windows that were replayed.
+        worst: pay of the honest miner that got least, over that of the one that got most.
     """
 
+    worst: float
     relative: float
+    work: float
     per_work: float | None
     caught: float
     rounds: float | None
     replayed: float
 
 
-def pay(
-    scoring: Scoring, honest: Sequence[HonestRound], cheat: Sequence[CheatRound], cheated: Cheat, num_plays: int
-) -> Paid:
+def pay(scoring: Scoring, honest: Sequence[HonestRound], done: Done, num_plays: int) -> tuple[Paid, list[Play]]:
     """Play ``num_plays`` runs."""
-    plays = [play(seed, scoring, honest, cheat, cheated) for seed in range(num_plays)]
+    plays = [play(seed, scoring, honest, done) for seed in range(num_plays)]
     relative = statistics.fmean(one.cheat for one in plays) / statistics.fmean(one.honest for one in plays)
-    done = statistics.fmean(one.work_done for one in cheat)
+    work = statistics.fmean(one.work for one in plays)
     found = [one.caught for one in plays if one.caught is not None]
-    return Paid(
+    mean = Paid(
+        worst=statistics.fmean(one.worst for one in plays),
         relative=relative,
-        per_work=relative / done if done > 0 else None,
+        work=work,
+        per_work=relative / work if work > 0 else None,
         caught=len(found) / len(plays),
         rounds=statistics.fmean(found) if found else None,
         replayed=statistics.fmean(one.replayed for one in plays),
     )
+    return mean, plays
 
 
 def with_share(scoring: Scoring, check_share: float) -> Scoring:
@@ -193,9 +223,9 @@ def with_share(scoring: Scoring, check_share: float) -> Scoring:
     return dataclasses.replace(scoring, check_share=check_share)
 
 
-def evidence(rounds: Sequence[CheatRound]) -> str:
+def evidence(done: Done) -> str:
     """The first thing that anybody could hold against it, in words."""
-    for one in rounds:
+    for one in (*done.rounds, *done.resting):
         if one.refused:
             return one.refused
         for check in one.checks:
@@ -208,14 +238,6 @@ def evidence(rounds: Sequence[CheatRound]) -> str:
     return "none"
 
 
-def plays_until(
-    scoring: Scoring,
-    honest: Sequence[HonestRound],
-    cheat: Sequence[CheatRound],
-    cheated: Cheat,
-    num_plays: int,
-    epochs: Sequence[int],
-) -> tuple[float, ...]:
+def found_within(plays: Sequence[Play], epochs: Sequence[int]) -> tuple[float, ...]:
     """Share of the plays in which it is found out within so many epochs."""
-    caught = [play(seed, scoring, honest, cheat, cheated).caught for seed in range(num_plays)]
-    return tuple(sum(one is not None and one <= limit for one in caught) / num_plays for limit in epochs)
+    return tuple(sum(one.caught is not None and one.caught <= limit for one in plays) / len(plays) for limit in epochs)

@@ -305,6 +305,7 @@ def plan_group(
         sitting=(VALIDATOR.hotkey,),
         anchors=anchors,
         duration_s=DURATION_S,
+        owners={peer_of(hotkey): hotkey for hotkey in receipts},
     )
     assert plan is not None
     return plan
