@@ -81,7 +81,7 @@ def measure(world: World, honest: Sequence[HonestRound], name: str, num_plays: i
     within: dict[str, tuple[float, ...]] = {}
     if cheat.kind in (Kind.WHOLE, Kind.PART):
         for share in SHARES:
-            found, plays = pay(with_share(scoring, share), honest, done, num_plays)
+            found, plays = pay(with_share(scoring, share), honest, done, num_plays // 2)
             by_share[f"{share:g}"] = (found.relative, found.per_work, found.replayed)
             within[f"{share:g}"] = found_within(plays, EPOCHS)
     return Row(

@@ -40,7 +40,7 @@ from template.network import NetworkThread
 from template.participant import Participation
 from template.protocol import Train, TrainReply
 from template.validator.lead import Led, make_plan
-from template.validator.publish import publish_epoch
+from template.validator.publish import check_gates, publish_epoch
 from template.validator.verify import Draw, Verifier
 
 DURATION_S = 60.0  # of virtual time, for an all-reduce
@@ -386,8 +386,14 @@ def publish(
     outcome: AllReduceOutcome,
     keys: Sequence[Key],
     receipts: Mapping[str, Receipt],
+    *,
+    gated: bool = False,
 ) -> tuple[Ref, State]:
-    """Outer step and publish: the next base and its state."""
+    """Outer step and publish: the next base and its state.
+
+    Raises:
+        NotPublished: ``gated``, and a gate refuses it.
+    """
     recipe = world.parts.recipe
     vectors = outcome.vectors
     stepped = outer_step(
@@ -402,12 +408,15 @@ def publish(
         replies={},
         signatures={key.hotkey: key.sign(message).hex() for key in keys},
     )
+    val_loss = world.bench.heldout_loss(world.parts, stepped)
+    if gated:
+        check_gates(world.parts, led, val_loss, base.manifest.val_loss)
     ref = publish_epoch(
         store=world.store,
         parts=world.parts,
         base=base,
         led=led,
-        val_loss=world.bench.heldout_loss(world.parts, stepped),
+        val_loss=val_loss,
         block=plan.round + 1,
         identity=VALIDATOR,
         receipts=receipts,

@@ -6,6 +6,7 @@ that a round of twenty inner steps takes a tenth of a second.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ TINY = Recipe(
     inner=Inner(max_steps=20, snapshot_every=4, warmup_steps=40, total_steps=400),
 )
 """Five windows in a round, as in the embedded default; everything about checks and scores is the default."""
+
+
+def tiny(num_rounds: int) -> Recipe:
+    """`TINY` whose rate falls over so many rounds."""
+    inner = dataclasses.replace(TINY.inner, total_steps=num_rounds * TINY.inner.max_steps)
+    return dataclasses.replace(TINY, inner=inner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
