@@ -183,10 +183,9 @@ def claims_of(
     claims = [at_most(f"false failures in {len(checks)} checks of honest miners", _failures(checks), 0)]
     whole = [row for row in rows if row.kind == "whole"]
     if whole:
-        most = max(whole, key=lambda row: row.pay)
-        claims.append(
-            at_most(f"pay of a cheat that skips all of the work, at most ({most.name})", most.pay, WHOLE_GOAL)
-        )
+        most = max(whole, key=lambda row: row.pay - row.work)
+        name = f"pay of a cheat that skips all of the work, less what it worked, at most ({most.name})"
+        claims.append(at_most(name, most.pay - most.work, WHOLE_GOAL))
     part = [row for row in rows if row.kind == "part" and row.per_work is not None]
     if part:
         most = max(part, key=lambda row: row.per_work or 0.0)

@@ -150,10 +150,23 @@ def _honest_work(world: World, state: State, number: int, rank: int) -> RoundWor
 
 
 def make_scene(
-    world: World, base: Ref, state: State, previous: State | None, number: int, rank: int, key: Key, stolen: RoundWork
+    world: World,
+    base: Ref,
+    state: State,
+    previous: State | None,
+    number: int,
+    rank: int,
+    key: Key,
+    stolen: RoundWork | None,
 ) -> Scene:
     """A round as the miner of that rank sees it."""
     data = world.load_data(number, rank)
+
+    def leaked() -> RoundWork:
+        if stolen is None:
+            raise ValueError("nobody's work has leaked here")
+        return stolen
+
     return Scene(
         parts=world.parts,
         base=base,
@@ -168,7 +181,7 @@ def make_scene(
         run=CountedRun(world),
         load_data=lambda other: world.load_data(number, other),
         victim=0,
-        stolen=lambda: stolen,
+        stolen=leaked,
     )
 
 
@@ -221,8 +234,31 @@ def every_check(
 def judge(
     world: World, base: Ref, state: State, number: int, contribution: Contribution, drawn: Draw, answer: Answer
 ) -> CheckResult:
-    """Challenge a miner through its real handlers, and check what it answers, as `Verifier.check` does."""
+    """Challenge a miner through its real handlers, and check what it answers."""
+    reply = challenge(world, base, contribution, drawn, answer)
+    return check(world, base, state, number, contribution.receipt, drawn, reply)
+
+
+def challenge(world: World, base: Ref, contribution: Contribution, drawn: Draw, answer: Answer) -> Reply[TrainReply]:
+    """What comes over the wire when a miner is asked to open what is drawn."""
     receipt = contribution.receipt
+    request = Train(
+        run_id=receipt.run_id,
+        round=receipt.round,
+        want="open",
+        snapshots=drawn.snapshots(receipt.num_snapshots),
+        coins=COINS,
+    )
+    answered = answer(request, honest_answer(world, base, contribution, request))
+    if answered is None:
+        return Reply(hotkey=receipt.hotkey, failure=Failure.TIMEOUT, detail="no whole reply in time")
+    return Reply(hotkey=receipt.hotkey, reply=TrainReply.from_bytes(answered.to_bytes(), MAX_REPLY_BYTES))
+
+
+def check(
+    world: World, base: Ref, state: State, number: int, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]
+) -> CheckResult:
+    """The validator's check of one answer, as `Verifier.check` does it."""
     verifier = Verifier(
         parts=world.parts,
         base=base,
@@ -235,20 +271,6 @@ def judge(
         address=lambda hotkey: PeerAddress(hotkey=hotkey, ip="127.0.0.1", port=1),
         in_time=lambda: True,
     )
-    request = Train(
-        run_id=receipt.run_id,
-        round=number,
-        want="open",
-        snapshots=drawn.snapshots(receipt.num_snapshots),
-        coins=COINS,
-    )
-    answered = answer(request, honest_answer(world, base, contribution, request))
-    reply: Reply[TrainReply]
-    if answered is None:
-        reply = Reply(hotkey=receipt.hotkey, failure=Failure.TIMEOUT, detail="no whole reply in time")
-    else:
-        parsed = TrainReply.from_bytes(answered.to_bytes(), MAX_REPLY_BYTES)
-        reply = Reply(hotkey=receipt.hotkey, reply=parsed)
     try:
         return verifier.check_one(receipt, drawn, reply)
     except PeerFault as fault:

@@ -99,9 +99,9 @@ class World:
         )
 
 
-def make_world(folder: Path, recipe: Recipe = TINY) -> World:
+def make_world(folder: Path, recipe: Recipe = TINY, *, num_texts: int = 5) -> World:
     """Write a corpus, publish a genesis into memory, and open it as a neuron does."""
-    write_corpus(folder / "corpus" / "part.parquet")
+    write_corpus(folder / "corpus" / "part.parquet", num_texts=num_texts)
     dataset = LocalDataset(folder / "corpus")
     store = MemoryStore()
     files, manifest = make_genesis(folder, dataset, recipe)
@@ -118,8 +118,8 @@ def make_world(folder: Path, recipe: Recipe = TINY) -> World:
     return World(store=store, bench=bench, parts=parts, genesis=genesis, state=state, load_data=load)
 
 
-def write_corpus(path: Path, num_row_groups: int = 80) -> None:
-    """Sentences over a few made-up words that tend to follow each other."""
+def write_corpus(path: Path, num_row_groups: int = 80, num_texts: int = 5) -> None:
+    """Sentences over a few made-up words that tend to follow each other; so many of them in each row group."""
     generator = random.Random(5)
     words = ["".join(generator.choices("abcdeilnorstu", k=generator.randint(2, 7))) for _ in range(150)]
     follows = {word: generator.choices(words, k=4) for word in words}
@@ -127,7 +127,7 @@ def write_corpus(path: Path, num_row_groups: int = 80) -> None:
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
         for _ in range(num_row_groups):
             texts = []
-            for _ in range(5):
+            for _ in range(num_texts):
                 said = [generator.choice(words)]
                 while len(said) < 70:
                     said.append(generator.choice(follows[said[-1]] if generator.random() < 0.8 else words))
