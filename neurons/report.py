@@ -161,8 +161,8 @@ class Report(_Record):
     settled: bool = Field(default=True, exclude=True)  # what failed does not mend itself by waiting
 
     def to_json(self) -> str:
-        """Indented JSON; a number that is not finite is written as null."""
-        return self.model_dump_json(indent=2) + "\n"
+        """Indented JSON; a number that is not finite is written as null. ``attack`` is there only where one ran."""
+        return self.model_dump_json(indent=2, exclude={"attack"} if self.attack is None else None) + "\n"
 
     def summary(self, num_epochs: int) -> str:
         """``3/3 epochs published · val loss 6.95 -> 4.34 · weights set``."""

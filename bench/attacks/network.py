@@ -58,7 +58,7 @@ def run_one(name: str, folder: Path) -> NetworkRow:
     recipe.write_text(RECIPE)
     command = [sys.executable, "-m", "neurons.cli", "up", "--dir", str(network), "--fresh", "--attack", name]
     command += ["--miners", "3", "--epochs", str(NUM_EPOCHS), "--recipe", str(recipe), "--json", str(outcome)]
-    command += ["--no-dashboard", "--tracker", "none", "--timeout", str(TIMEOUT_S)]
+    command += ["--no-dashboard", "--tracker", "none", "--block-time", "0.5", "--timeout", str(TIMEOUT_S)]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=TIMEOUT_S + 60)
     if not outcome.exists():
         return NetworkRow(

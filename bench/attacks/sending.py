@@ -54,7 +54,8 @@ class Poisoned(Cheat):
     def commit(self, scene: Scene, work: RoundWork) -> Contribution:
         honest = scene.contribution(work)
         payload = bytearray(honest.payload)
-        payload[:4] = struct.pack("<f", self._value)
+        for chunk in range(scene.parts.layout.num_chunks):  # whoever reduces one sees it
+            struct.pack_into("<f", payload, scene.parts.layout.byte_offset(chunk), self._value)
         return with_payload(scene, honest, bytes(payload))
 
 
