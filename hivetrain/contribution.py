@@ -26,6 +26,7 @@ from hivetrain.verification.receipt import (
     step_record,
 )
 from hivetrain.verification.remainder import RemainderBytes, chunk_leaves, root_of, to_bytes
+from hivetrain.verification.sketch import count_sketch, sketch_seed, to_hex
 from hivetrain.workbench import DELTA, EXP_AVG, EXP_AVG_SQ, Parts
 
 
@@ -39,6 +40,7 @@ class Contribution:
         snapshots: what a challenge may open.
         remainder: what it opens beside the last of them; None where none was used.
         carried: what error feedback keeps for the next round, [P]; None without it.
+        steps: the step records in a row, as a challenge opens them.
     """
 
     receipt: Receipt
@@ -46,6 +48,7 @@ class Contribution:
     snapshots: SnapshotTree
     remainder: RemainderBytes | None = None
     carried: Tensor | None = None
+    steps: bytes = b""
 
     @property
     def payload_root(self) -> bytes:
@@ -134,6 +137,7 @@ def build_contribution(
         remainder_root=remainder.root if remainder else NO_REMAINDER,
         rest_root=encoded.rest_root,
         carried_root=encoded.carried_root,
+        sketch=displacement_sketch(parts.run_id, round_number, start, work.snapshots[-1]),
     )
     return Contribution(
         receipt=sign_receipt(receipt, identity),
@@ -141,7 +145,14 @@ def build_contribution(
         snapshots=snapshots,
         remainder=remainder.opening if remainder else None,
         carried=encoded.carried,
+        steps=b"".join(steps),
     )
 
 
-__all__ = ["Contribution", "Encoded", "build_contribution", "codec_seed", "encode_payload"]
+def displacement_sketch(run_id: str, round_number: int, start: State, final: Snapshot) -> str:
+    """The sketch that a receipt shows, in hex."""
+    moved = pseudo_gradient(start.vector, final.vector)
+    return to_hex(count_sketch(moved, sketch_seed(run_id, round_number)))
+
+
+__all__ = ["Contribution", "Encoded", "build_contribution", "codec_seed", "displacement_sketch", "encode_payload"]

@@ -248,6 +248,84 @@ def generate(
     typer.echo(run(prompt, dir=dir.expanduser().absolute(), max_tokens=max_tokens))
 
 
+EpochArgument = Annotated[int, typer.Argument(help="a published epoch", min=0)]
+HotkeyArgument = Annotated[str, typer.Argument(help="the miner's hotkey (ss58)")]
+EndpointOption = Annotated[str, typer.Option("--hub.endpoint", help="another hub than that of the network in --dir")]
+RepoOption = Annotated[str, typer.Option("--hub.repo", help="the run's repository on it, OWNER/NAME")]
+CopyOption = Annotated[Path | None, typer.Option("--from", help="read a copy that `mirror` wrote, instead of a hub")]
+
+
+@app.command()
+def explain(
+    epoch: EpochArgument,
+    hotkey: HotkeyArgument,
+    dir: DirOption = DEFAULT_DIR,
+    hub_endpoint: EndpointOption = "",
+    hub_repo: RepoOption = "",
+    copy: CopyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute a miner's score again from what is public, and say why; exits 1 where a validator says otherwise."""
+    from neurons.explain import explain as run
+    from neurons.sources import open_source
+
+    found = run(open_source(dir=dir, endpoint=hub_endpoint, repo=hub_repo, copy=copy), epoch, hotkey)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo("\n".join(found.lines()))
+    raise typer.Exit(0 if found.holds else 1)
+
+
+@app.command()
+def audit(
+    epoch: EpochArgument,
+    hotkey: HotkeyArgument,
+    dir: DirOption = DEFAULT_DIR,
+    hub_endpoint: EndpointOption = "",
+    hub_repo: RepoOption = "",
+    copy: CopyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay a miner's whole epoch on this machine; exits 1 where it was not honest, and names the first wrong step."""
+    import tempfile
+
+    from neurons.audit import run_audit
+    from neurons.sources import open_source
+
+    def show(done: int, total: int) -> None:
+        if not as_json and (done % 10 == 0 or done == total):
+            typer.echo(f"replayed {done} of {total} steps", err=True)
+
+    source = open_source(dir=dir, endpoint=hub_endpoint, repo=hub_repo, copy=copy)
+    with tempfile.TemporaryDirectory(prefix="hivetrain-audit-") as cache:
+        found = run_audit(source, epoch, hotkey, cache=Path(cache), on_step=show)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo("\n".join(found.lines()))
+    raise typer.Exit(0 if found.verdict.honest else 1)
+
+
+@app.command()
+def mirror(
+    folder: Annotated[Path, typer.Argument(help="where to write the copy")],
+    dir: DirOption = DEFAULT_DIR,
+    hub_endpoint: EndpointOption = "",
+    hub_repo: RepoOption = "",
+) -> None:
+    """Copy what the run's hub holds, epochs and published checks, into a folder."""
+    from hivetrain.hub.client import HubStore
+    from hivetrain.hub.folder import mirror as run
+    from hivetrain.scoring.record import CHECKS_BRANCH
+    from neurons.sources import open_source
+
+    source = open_source(dir=dir, endpoint=hub_endpoint, repo=hub_repo)
+    assert isinstance(source.store, HubStore)
+    num_epochs = run(source.store, source.repo, CHECKS_BRANCH, folder)
+    typer.echo(f"{num_epochs} epochs and the checks of {source.label} are in {folder}")
+
+
 @app.command(context_settings=PASS_THROUGH)
 def miner(ctx: typer.Context) -> None:
     """Run a miner: the same as `python neurons/miner.py`, flags included (--help lists them)."""

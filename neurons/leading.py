@@ -55,6 +55,8 @@ class RoundNotes:
 
     miners: list[NeuronInfo]
     coins: bytes
+    block_hash: str = ""  # of the challenge
+    owed: frozenset[str] = frozenset()  # who refused its last check
     collected: Collected = field(default_factory=Collected)
     draws: dict[str, Draw] = field(default_factory=dict)
     checks: dict[str, CheckResult | None] = field(default_factory=dict)

@@ -20,16 +20,20 @@ import json
 import logging
 import secrets
 
+from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
-from hivetrain.progress import Phase, Position
-from hivetrain.scoring import Score, Unscored
+from hivetrain.progress import Phase, Position, phase_window
+from hivetrain.scoring import AverageState, RoundFacts, Score, Unscored, score_facts
+from hivetrain.scoring.record import RoundRecord
 from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Expected
+from hivetrain.verification.worker import ReplayProcess, WorkerSpec
 from neurons.leading import LeadingNeuron, RoundNotes
 from neurons.main import run_neuron
 from template.chain.keys import verify
 from template.validator.collect import address_of, collect_receipts
-from template.validator.reward import score_miners
+from template.validator.records import RecordsThread, build_record, proven_averages
+from template.validator.reward import gather_facts
 from template.validator.verify import Verifier, draw
 from template.validator.weights import set_weights
 
@@ -39,6 +43,35 @@ logger = logging.getLogger(__name__)
 class Validator(LeadingNeuron):
     """Checks, leads, publishes and pays."""
 
+    def start(self) -> None:
+        """Open everything, as `LeadingNeuron.start`, the process that replays, and the thread that publishes checks."""
+        super().start()
+        repo = self.config.hub.repo or self._repo
+        self._last_record: RoundRecord | None = None
+        self.records = RecordsThread(self.store, repo, self.config.state_dir / "checks", self.identity.hotkey, verify)
+        self.records.start()
+        spec = WorkerSpec(
+            endpoint=self.hub_endpoint,
+            repo=repo,
+            token=self.secrets.hub_token,
+            run_id=self.run_id,
+            cache=self.config.cache_dir / "replay",
+            device=str(self.bench.device),
+        )
+        self.replay = ReplayProcess(spec, on_wait=self.drain_mailbox)
+        try:
+            self.replay.start()
+        except ServiceError as exc:  # tried again in every round; until then nobody is checked, and nobody pays for it
+            logger.error("%s", exc)
+
+    def close(self) -> None:
+        """Take down what `start` opened."""
+        if hasattr(self, "replay"):
+            self.replay.close()
+        if hasattr(self, "records"):
+            self.records.close()
+        super().close()
+
     def round(self, position: Position) -> None:
         """One round of this validator."""
         base = self.find_base(position)
@@ -47,7 +80,9 @@ class Validator(LeadingNeuron):
         self.status.update(round=position.round, epoch=base.epoch, loss=base.manifest.val_loss)
         self._stand_for(base)
         self._anchor_orphan(base)
+        self.records.look_at(position.round - 1)
         notes = RoundNotes(miners=self.miners(position.round_start), coins=secrets.token_bytes(32))
+        self._prepare_replay(position, base)
         self._say("waiting", "for receipts")
         if self.wait_for_phase(position, Phase.COMMIT):
             self.collect(position, base, notes)
@@ -57,7 +92,7 @@ class Validator(LeadingNeuron):
             self.average_group(position, base, notes)
         if self.stopping.is_set():
             return
-        self.score(position, notes)
+        self.score(position, base, notes)
         if self.wait_for_phase(position, Phase.PUBLISH):
             self._say("waiting", "for the next epoch")
             self.wait_for_epoch(position)
@@ -115,21 +150,35 @@ class Validator(LeadingNeuron):
             was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
         )
 
+    def _may_check(self, end: int) -> bool:
+        """Whether there is time for another check before block ``end``."""
+        return self.blocks.block < end - 1 and not self.stopping.is_set()
+
+    def _prepare_replay(self, position: Position, base: Ref) -> None:
+        """Let the process that replays load the round's state while the miners train."""
+        end = phase_window(position.round, Phase.VERIFY, self.schedule)[1]
+        try:
+            self.replay.begin_round(base, position.round, lambda: self._may_check(end))
+        except ServiceError as exc:  # nobody is checked, which is our own failure
+            logger.error("round %d: %s", position.round, exc)
+
     def verify(self, position: Position, notes: RoundNotes) -> None:
         """Draw, open and replay, as far as VERIFY's time goes."""
         assert self.held is not None
         start = position.round_start + self.schedule.train + self.schedule.commit
         end = start + self.schedule.verify
         self.leader_order(position.round)
-        block_hash = self.chain.block_hash(start)
+        notes.block_hash = self.chain.block_hash(start)
+        notes.owed = frozenset(neuron.hotkey for neuron in notes.miners if self.average.owes(neuron.hotkey))
         for hotkey, receipt in notes.collected.receipts.items():
             notes.draws[hotkey] = draw(
-                block_hash=block_hash,
+                block_hash=notes.block_hash,
                 validator=self.identity.hotkey,
                 miner=hotkey,
                 coins=notes.coins,
                 num_snapshots=receipt.num_snapshots,
                 scoring=self.recipe.scoring,
+                owes=hotkey in notes.owed,
             )
         addresses = {neuron.hotkey: address_of(neuron) for neuron in notes.miners}
         drawn = sum(1 for one in notes.draws.values() if one.windows)
@@ -144,37 +193,78 @@ class Validator(LeadingNeuron):
             network=self.network,
             load_data=lambda rank: self.bench.round_data(self.parts, position.round, rank),
             address=addresses.__getitem__,
-            in_time=lambda: self.blocks.block < end - 1 and not self.stopping.is_set(),
+            in_time=lambda: self._may_check(end),
+            judging=self.replay,
+            on_wait=self.drain_mailbox,
         )
         notes.checks = verifier.check(notes.collected.receipts, notes.draws)
 
     # -- scores -------------------------------------------------------------------------------------------
 
-    def score(self, position: Position, notes: RoundNotes) -> None:
+    def score(self, position: Position, base: Ref, notes: RoundNotes) -> None:
         """Score the round, average, keep, and set weights."""
         self._say("scoring", "")
         hotkeys = [neuron.hotkey for neuron in notes.miners]
-        scores = score_miners(
+        seen = [(one.plan, one.done.outcome) for one in self.exchanges if one.done.outcome is not None]
+        facts = gather_facts(
             miners=hotkeys,
             collected=notes.collected,
             checks=notes.checks,
-            seen=[(one.plan, one.done.outcome) for one in self.exchanges if one.done.outcome is not None],
+            seen=seen,
             average=self.average,
             round_number=position.round,
-            scoring=self.recipe.scoring,
+            proven=proven_averages(seen, verify) | self.records.double_commits(self._last_record),
         )
+        self._last_record = None  # a second receipt is counted once
+        scores = score_facts(facts, self.recipe.scoring)
         self.refresh_metagraph()
         registered = {neuron.hotkey for neuron in self.metagraph.neurons}
+        before = self.average.state
         self.average.update(position.round, scores, registered)
         self._links.forget(registered)
         shares = self.average.weights()
         self._keep_scores(position, scores, shares)
+        if before.last_round < position.round:  # else this round was scored before a restart
+            self._publish_checks(position, base, notes, facts, scores, before, registered)
         if self.config.neuron.disable_set_weights:
             return
         weights = set_weights(self.chain, self.metagraph, self.uid, shares)
         if weights is not None:
             text = " ".join(f"{uid}:{weight:.3f}" for uid, weight in sorted(weights.items()))
             self.events.append("set_weights", f"weights {text}", round=position.round)
+
+    def _publish_checks(
+        self,
+        position: Position,
+        base: Ref,
+        notes: RoundNotes,
+        facts: dict[str, RoundFacts | Unscored],
+        scores: dict[str, Score | Unscored],
+        before: AverageState,
+        registered: set[str],
+    ) -> None:
+        """Hand the round's record to the thread that uploads it."""
+        record, files = build_record(
+            identity=self.identity,
+            run_id=self.run_id,
+            round_number=position.round,
+            base=base,
+            block_hash=notes.block_hash,
+            coins=notes.coins,
+            scoring=self.recipe.scoring,
+            facts=facts,
+            scores=scores,
+            receipts=notes.collected.receipts,
+            draws=notes.draws,
+            owed=notes.owed,
+            before=before,
+            after=self.average.state,
+            registered=registered,
+            shares=self.average.weights(),
+            previous=self.records.previous(before.last_round),
+        )
+        self._last_record = record
+        self.records.put(record, files)
 
     def _keep_scores(self, position: Position, scores: dict[str, Score | Unscored], shares: dict[str, float]) -> None:
         uids = {neuron.hotkey: neuron.uid for neuron in self.metagraph.neurons}

@@ -163,7 +163,8 @@ class Handlers:
         remainder = None
         if contribution.remainder is not None and contribution.receipt.num_snapshots - 1 in synapse.snapshots:
             remainder = RemainderOpening(**dataclasses.asdict(contribution.remainder))
-        return reply.model_copy(update={"status": "opened", "openings": openings, "remainder": remainder})
+        shown = {"openings": openings, "remainder": remainder, "steps": contribution.steps}
+        return reply.model_copy(update={"status": "opened", "receipt": contribution.receipt.to_bytes(), **shown})
 
     async def all_reduce(self, synapse: AllReduce, caller: Caller) -> AllReduceReply:
         """Check the call, hand it to the model's thread, and wait for what came of it."""

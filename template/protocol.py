@@ -18,6 +18,7 @@ from hivetrain.errors import Fault, PeerFault
 from hivetrain.manifest import Hotkey, Sha256
 from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, MAX_SNAPSHOT_BYTES
 from hivetrain.verification.remainder import num_chunks
+from hivetrain.verification.steps import MAX_STEPS_BYTES
 
 MAX_SEQUENCE = 4096
 """Entries of any array or map on the wire: a cheap bound that msgpack enforces before pydantic sees a value."""
@@ -175,6 +176,7 @@ class TrainReply(Message):
     openings: Annotated[tuple[Opening, ...], Field(max_length=64)] = ()
     detail: Detail = ""
     remainder: RemainderOpening | None = None  # with the opening of the last snapshot, where one was used
+    steps: Annotated[bytes, Field(max_length=MAX_STEPS_BYTES)] = b""  # every step record, with any opening
 
 
 class Train(Synapse[TrainReply]):

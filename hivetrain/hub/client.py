@@ -216,6 +216,14 @@ class HubStore:
         remote = self._remote.of(repo)
         return remote.retry(lambda: remote.read(branch, path, max_bytes))
 
+    def list_artefacts(self, repo: str, branch: str, folder: str) -> list[str]:
+        """See `ArtefactStore.list_artefacts`."""
+        remote = self._remote.of(repo)
+        try:
+            return sorted(file.path for file in remote.retry(lambda: remote.files(branch, folder)))
+        except HubNotFound:
+            return []
+
 
 class HubDataset:
     """`DatasetFiles` on a hub, at one revision."""

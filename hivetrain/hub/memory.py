@@ -103,6 +103,12 @@ class MemoryStore:
             raise IntegrityError(f"{path} has {len(data)} bytes, the limit is {max_bytes}")
         return data
 
+    def list_artefacts(self, repo: str, branch: str, folder: str) -> list[str]:
+        """See `ArtefactStore.list_artefacts`."""
+        with self._lock:
+            paths = self._artefacts.get((repo, branch), {})
+            return sorted(path for path in paths if path.startswith(f"{folder}/"))
+
     def corrupt(self, ref: Ref, name: str) -> None:
         """Flip one bit of a stored file, as a bad disk would."""
         with self._lock:

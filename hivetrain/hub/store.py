@@ -90,12 +90,8 @@ class ModelStore(Protocol):
         ...
 
 
-class ArtefactStore(Protocol):
-    """Small files beside the epochs: checks, scores, receipts. Whoever reads one verifies its signature."""
-
-    def publish_artefacts(self, repo: str, branch: str, files: Mapping[str, bytes]) -> str:
-        """Add or replace files on a branch in one commit; makes repository and branch. Returns the commit."""
-        ...
+class ArtefactReader(Protocol):
+    """The reading half of `ArtefactStore`. Whoever reads a file verifies its signature."""
 
     def read_artefact(self, repo: str, branch: str, path: str, max_bytes: int = MAX_ARTEFACT_BYTES) -> bytes:
         """One file of a branch.
@@ -104,6 +100,18 @@ class ArtefactStore(Protocol):
             HubNotFound: no such repository, branch or file.
             IntegrityError: longer than ``max_bytes``.
         """
+        ...
+
+    def list_artefacts(self, repo: str, branch: str, folder: str) -> list[str]:
+        """Paths of the files below a folder of a branch, ascending; empty where there is no such folder."""
+        ...
+
+
+class ArtefactStore(ArtefactReader, Protocol):
+    """Small files beside the epochs: checks, scores, receipts."""
+
+    def publish_artefacts(self, repo: str, branch: str, files: Mapping[str, bytes]) -> str:
+        """Add or replace files on a branch in one commit; makes repository and branch. Returns the commit."""
         ...
 
 

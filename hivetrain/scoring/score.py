@@ -15,7 +15,10 @@ from hivetrain.run import Scoring
 SMALL_BYTES = 1_000_000
 """Below this many bytes a rate measures latency, not bandwidth: arriving in time is enough."""
 
-LIES = frozenset({Fault.WRONG_REPLAY, Fault.DOUBLE_COMMIT, Fault.NOT_COMMITTED, Fault.NOT_FINITE})
+PROVEN = frozenset({Fault.DOUBLE_COMMIT, Fault.WRONG_AVERAGE})
+"""Faults of a check that signed bytes prove to anybody: a validator that names one publishes the evidence."""
+
+LIES = PROVEN | {Fault.WRONG_REPLAY, Fault.NOT_COMMITTED, Fault.NOT_FINITE}
 """Faults of a check that prove a lie: they start a cooldown. Silence (REFUSED) costs the round, and proves nothing."""
 
 
@@ -27,11 +30,18 @@ class CheckResult:
         distance: relative L2 distance of the replay, None where the check never got so far.
         fault: what the miner did wrong, None for a check that it passed.
         detail: in words.
+        windows: those that were replayed, and ``distances`` the distance of each.
+        first_wrong_step: the first inner step whose committed record the replay contradicts, where one is known.
+        evidence: what others can look at: the step records that it opened, a second receipt; bytes by kind.
     """
 
     distance: float | None = None
     fault: Fault | None = None
     detail: str = ""
+    windows: tuple[int, ...] = ()
+    distances: tuple[float, ...] = ()
+    first_wrong_step: int | None = None
+    evidence: Mapping[str, bytes] = field(default_factory=dict)
 
     def in_words(self) -> str:
         """One line for a log."""
@@ -78,13 +88,20 @@ class RoundFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One miner's score of one round, each part in [0, 1] with its reason in words."""
+    """One miner's score of one round, each part in [0, 1] with its reason in words.
+
+    Attributes:
+        lied: a lie is proven: no pay for the cooldown.
+        refused, passed: it would not show what it committed to, or did and nothing was wrong.
+    """
 
     gradient: float
     steps: float
     bandwidth: float
     score: float
     lied: bool = False
+    refused: bool = False
+    passed: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -114,6 +131,13 @@ def score_round(facts: Mapping[str, RoundFacts], scoring: Scoring) -> dict[str, 
     return {hotkey: _score(fact, best, scoring) for hotkey, fact in facts.items()}
 
 
+def score_facts(facts: Mapping[str, RoundFacts | Unscored], scoring: Scoring) -> dict[str, Score | Unscored]:
+    """Score every miner of one round, where some of our own facts are missing."""
+    known = {hotkey: fact for hotkey, fact in facts.items() if isinstance(fact, RoundFacts)}
+    missing: dict[str, Score | Unscored] = {hotkey: one for hotkey, one in facts.items() if isinstance(one, Unscored)}
+    return missing | score_round(known, scoring)
+
+
 def _paid_tokens(fact: RoundFacts) -> int:
     return 0 if any(check.fault is not None for check in fact.checks) else fact.tokens
 
@@ -130,16 +154,25 @@ def _score(fact: RoundFacts, best_tokens: int, scoring: Scoring) -> Score | Unsc
         return Unscored(why="no all-reduce was measured here this round")
     bandwidth, bandwidth_why = _bandwidth(fact.bandwidth, scoring)
     total = gradient * (scoring.steps_weight * steps + scoring.bandwidth_weight * bandwidth)
-    reasons = {"gradient": gradient_why, "steps": steps_why, "bandwidth": bandwidth_why}
-    return Score(gradient=gradient, steps=steps, bandwidth=bandwidth, score=total, lied=lied, reasons=reasons)
+    faults = {check.fault for check in fact.checks}
+    return Score(
+        gradient=gradient,
+        steps=steps,
+        bandwidth=bandwidth,
+        score=min(1.0, total),
+        lied=lied,
+        refused=Fault.REFUSED in faults,
+        passed=faults == {None} and not lied,
+        reasons={"gradient": gradient_why, "steps": steps_why, "bandwidth": bandwidth_why},
+    )
 
 
 def _gradient(fact: RoundFacts, scoring: Scoring) -> tuple[float, str, bool]:
+    faults = [(check.fault, check.detail) for check in fact.checks if check.fault is not None]
+    for fault, detail in sorted(faults, key=lambda one: one[0] not in LIES)[:1]:
+        return 0.0, f"{fault.value}: {detail}", fault in LIES
     if fact.cooldown_left > 0:
         return 0.0, f"in cooldown for {fact.cooldown_left} more rounds", False
-    faulty = next((check for check in fact.checks if check.fault is not None), None)
-    if faulty is not None and faulty.fault is not None:
-        return 0.0, f"{faulty.fault.value}: {faulty.detail}", faulty.fault in LIES
     distances = [check.distance for check in fact.checks if check.distance is not None]
     if not distances:
         return 1.0, "not drawn this round", False

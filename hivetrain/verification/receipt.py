@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Identity, Verify
 from hivetrain.training.state import Snapshot
 from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
+from hivetrain.verification.sketch import SKETCH_HEX_CHARS, from_hex
 
 MAX_RECEIPT_BYTES = 32 << 10
 MAX_SNAPSHOT_BYTES = 256 << 20
@@ -27,6 +28,14 @@ NO_REMAINDER = "0" * 64
 """The root of a remainder that is zero, and of every remainder where there is no error feedback."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _finite(sketch: str) -> str:
+    from_hex(sketch)
+    return sketch
+
+
+Sketch = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{SKETCH_HEX_CHARS}}}$"), AfterValidator(_finite)]
 
 
 class Receipt(BaseModel):
@@ -57,6 +66,7 @@ class Receipt(BaseModel):
     remainder_root: Sha256 = NO_REMAINDER  # what error feedback added to the pseudo-gradient
     rest_root: Sha256 = NO_REMAINDER  # the next remainder's chunks where the mean includes this round's
     carried_root: Sha256 = NO_REMAINDER  # and where it leaves them out
+    sketch: Sketch  # of the displacement, start - final: what a replay can be compared with where nothing is opened
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,128}$")] = ""
 
     def signed_bytes(self) -> bytes:

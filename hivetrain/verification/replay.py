@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,11 +27,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowVerdict:
-    """Relative L2 distances of one window; infinity where the claim is not finite or cannot be replayed."""
+    """Relative L2 distances of one window; infinity where the claim is not finite or cannot be replayed.
+
+    ``losses`` are those of the replayed steps, as far as the replay came.
+    """
 
     distance_vector: float
     distance_exp_avg: float
     distance_exp_avg_sq: float
+    losses: tuple[float, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -84,15 +88,23 @@ def replay_window(
         if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(snapshot)):
             logger.debug("snapshot %d holds values that are not finite", snapshot.step)
             return UNREPLAYABLE
+    losses: list[float] = []
     try:
-        work = loop.run(start, batches, first_step=first_step, num_steps=num_steps)
+        work = loop.run(
+            start,
+            batches,
+            first_step=first_step,
+            num_steps=num_steps,
+            on_step=lambda report: losses.append(report.loss),
+        )
     except TrainingDiverged as exc:
         logger.debug("window %d to %d diverges from the opened snapshot: %s", first_step, claimed.step, exc)
-        return UNREPLAYABLE
+        return replace(UNREPLAYABLE, losses=tuple(losses))
     return WindowVerdict(
         distance_vector=relative_l2(work.vector, claimed.vector, start.vector),
         distance_exp_avg=relative_l2(work.exp_avg, claimed.exp_avg, start.exp_avg),
         distance_exp_avg_sq=relative_l2(work.exp_avg_sq, claimed.exp_avg_sq, start.exp_avg_sq),
+        losses=tuple(losses),
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from hivetrain.averaging.butterfly import AllReduceOutcome
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.errors import Fault
 from hivetrain.run import Scoring
-from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts, Score, Unscored, score_round
+from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts, Score, Unscored, score_facts
 from hivetrain.verification.receipt import Receipt
 from template.validator.collect import Collected
 
@@ -17,6 +19,9 @@ MOSTLY_INCLUDED = 0.5
 
 SILENT = frozenset({Fault.ABSENT, Fault.LATE})
 """What a bad link looks like too: no fault of a sender that the mean holds all the same."""
+
+MAX_WORDS = 500
+"""Longest reason that is scored and published."""
 
 Seen = Sequence[tuple[GroupPlan, AllReduceOutcome]]
 """The attempts at a round's all-reduce that this validator sat in to their end, in their order."""
@@ -49,7 +54,8 @@ def measured(seen: Seen, hotkey: str) -> Bandwidth | None:
             to_us = fault.part not in {part.index for part in tried.parts() if part.reducer.hotkey == hotkey}
             excused = fault.fault in SILENT and ((in_time and to_us) or _all_went_silent(tried, one))
             if fault.hotkey == hotkey and not excused:
-                return Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault=f"{fault.fault.value}: {fault.detail}")
+                words = f"{fault.fault.value}: {fault.detail}"[:MAX_WORDS]
+                return Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault=words)
     if not any(outcome.included.values()) or (not in_time and _all_went_silent(plan, outcome)):
         return None
     link = next((link for link in outcome.links if link.hotkey == hotkey), None)
@@ -65,6 +71,47 @@ def _all_went_silent(plan: GroupPlan, outcome: AllReduceOutcome) -> bool:
     return len(senders) > 1 and senders <= {fault.hotkey for fault in outcome.faults if fault.fault in SILENT}
 
 
+def gather_facts(
+    *,
+    miners: Sequence[str],
+    collected: Collected,
+    checks: Mapping[str, CheckResult | None],
+    seen: Seen,
+    average: MovingAverage,
+    round_number: int,
+    proven: Mapping[str, CheckResult] = MappingProxyType({}),
+) -> dict[str, RoundFacts | Unscored]:
+    """What this validator knows of every miner of the round; `Unscored` where our own side failed.
+
+    Args:
+        proven: lies that were proved beside this round's checks, such as two receipts for an earlier round.
+    """
+    facts: dict[str, RoundFacts | Unscored] = {}
+    for hotkey in miners:
+        if hotkey not in proven and hotkey in collected.ours:
+            facts[hotkey] = Unscored(why=collected.ours[hotkey][:MAX_WORDS])
+            continue
+        if hotkey not in proven and hotkey in checks and checks[hotkey] is None:
+            facts[hotkey] = Unscored(why="the check that was drawn could not be done here")
+            continue
+        receipt = collected.receipts.get(hotkey)
+        results = [one for one in (checks.get(hotkey), proven.get(hotkey)) if one is not None]
+        bandwidth = None
+        if receipt is not None and seen:
+            # Without a receipt here nothing of it could be checked here: its sending earns nothing.
+            bandwidth = measured(seen, hotkey)
+        if bandwidth is None and any(one.fault is not None for one in results):
+            bandwidth = Bandwidth(size_bytes=0, seconds=0.0, in_time=False)  # shut out: the failed check decides
+        facts[hotkey] = RoundFacts(
+            tokens=receipt.num_tokens if receipt is not None else 0,
+            receipt_fault=collected.refused.get(hotkey, "")[:MAX_WORDS],
+            checks=tuple(replace(one, detail=one.detail[:MAX_WORDS]) for one in results),
+            bandwidth=bandwidth,
+            cooldown_left=average.cooldown_left(hotkey, round_number),
+        )
+    return facts
+
+
 def score_miners(
     *,
     miners: Sequence[str],
@@ -76,28 +123,7 @@ def score_miners(
     scoring: Scoring,
 ) -> dict[str, Score | Unscored]:
     """Score every miner of the round; `Unscored` where our own side failed."""
-    facts: dict[str, RoundFacts] = {}
-    scores: dict[str, Score | Unscored] = {}
-    for hotkey in miners:
-        if hotkey in collected.ours:
-            scores[hotkey] = Unscored(why=collected.ours[hotkey])
-            continue
-        if hotkey in checks and checks[hotkey] is None:
-            scores[hotkey] = Unscored(why="the check that was drawn could not be done here")
-            continue
-        receipt = collected.receipts.get(hotkey)
-        result = checks.get(hotkey)
-        bandwidth = None
-        if receipt is not None and seen:
-            # Without a receipt here nothing of it could be checked here: its sending earns nothing.
-            bandwidth = measured(seen, hotkey)
-        if bandwidth is None and result is not None and result.fault is not None:
-            bandwidth = Bandwidth(size_bytes=0, seconds=0.0, in_time=False)  # shut out: the failed check decides
-        facts[hotkey] = RoundFacts(
-            tokens=receipt.num_tokens if receipt is not None else 0,
-            receipt_fault=collected.refused.get(hotkey, ""),
-            checks=(result,) if result is not None else (),
-            bandwidth=bandwidth,
-            cooldown_left=average.cooldown_left(hotkey, round_number),
-        )
-    return scores | score_round(facts, scoring)
+    facts = gather_facts(
+        miners=miners, collected=collected, checks=checks, seen=seen, average=average, round_number=round_number
+    )
+    return score_facts(facts, scoring)

@@ -12,38 +12,33 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
-
-from hivetrain.contribution import codec_seed, encode_payload
-from hivetrain.data.assignment import NoSlot
 from hivetrain.data.reader import RoundData
 from hivetrain.errors import Fault, PeerFault, ServiceError
 from hivetrain.manifest import Ref
-from hivetrain.run import Scoring
 from hivetrain.scoring import CheckResult
-from hivetrain.training.state import Snapshot, State
-from hivetrain.verification.merkle import MerkleTree
+from hivetrain.training.state import State
+from hivetrain.verification.challenge import Draw, draw
+from hivetrain.verification.judge import Answer, Judge, double_commit
 from hivetrain.verification.receipt import (
     MAX_RECEIPT_BYTES,
     NO_REMAINDER,
     Receipt,
-    check_opening,
-    decode_snapshot,
+    parse_receipt,
     snapshot_size_bytes,
-    snapshot_steps,
 )
-from hivetrain.verification.remainder import RemainderBytes, check_remainder, remainder_bytes_limit
-from hivetrain.verification.replay import replay_window
+from hivetrain.verification.remainder import RemainderBytes, remainder_bytes_limit
+from hivetrain.verification.steps import record_size_bytes
 from hivetrain.workbench import Parts
+from template.chain.keys import verify
 from template.dendrite import Dendrite, Failure, PeerAddress, Reply
 from template.network import NetworkThread
-from template.protocol import Opening, Train, TrainReply
+from template.protocol import Train, TrainReply
 
 logger = logging.getLogger(__name__)
 
@@ -55,33 +50,12 @@ MAX_OPENING = 16
 POLL_S = 0.25
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """Which windows of one miner's round are replayed. Window j ends at snapshot j. Empty: not drawn."""
+class Judging(Protocol):
+    """What turns an answer into a verdict: `Judge` here, or a process of its own (`hivetrain.verification.worker`)."""
 
-    hotkey: str
-    windows: tuple[int, ...]
-
-    def snapshots(self, num_snapshots: int) -> tuple[int, ...]:
-        """The snapshots that must be opened: both ends of each window, and the last for the link check."""
-        wanted = {num_snapshots - 1}
-        for window in self.windows:
-            wanted.add(window)
-            if window > 0:
-                wanted.add(window - 1)
-        return tuple(sorted(wanted))
-
-
-def draw(*, block_hash: str, validator: str, miner: str, coins: bytes, num_snapshots: int, scoring: Scoring) -> Draw:
-    """What the coins say for one miner; recomputable by anyone once they are revealed."""
-    seed = hashlib.sha256(f"hivetrain-challenge/1\n{block_hash}\n{validator}\n{miner}\n".encode() + coins).digest()
-    checked, whole = (int.from_bytes(seed[i : i + 8], "big") / 2**64 for i in (0, 8))
-    window = int.from_bytes(seed[16:24], "big") * num_snapshots >> 64  # in integers: a float can round up to 1
-    if checked >= scoring.check_share:
-        return Draw(hotkey=miner, windows=())
-    if whole < scoring.whole_round_share:
-        return Draw(hotkey=miner, windows=tuple(range(num_snapshots)))
-    return Draw(hotkey=miner, windows=(window,))
+    def judge(self, receipt: Receipt, drawn: Draw, answer: Answer) -> CheckResult:
+        """The verdict. Raises `ServiceError` where our own side failed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +67,8 @@ class Verifier:
         load_data: a miner's tokens by its rank.
         address: where a miner serves.
         in_time: False once there is no time for another check.
+        judging: who replays; None: this thread, with ``parts``.
+        on_wait: called while answers are awaited.
     """
 
     parts: Parts
@@ -105,6 +81,8 @@ class Verifier:
     load_data: Callable[[int], RoundData]
     address: Callable[[str], PeerAddress]
     in_time: Callable[[], bool]
+    judging: Judging | None = None
+    on_wait: Callable[[], None] = lambda: None
 
     def check(self, receipts: Mapping[str, Receipt], draws: Mapping[str, Draw]) -> dict[str, CheckResult | None]:
         """Check who was drawn; None where our own side failed or ran out of time."""
@@ -115,6 +93,7 @@ class Verifier:
         pending = self._ask_all([(receipts[hotkey], draws[hotkey]) for hotkey in drawn], asked)
         try:
             while pending and self.in_time():
+                self.on_wait()
                 done, _ = concurrent.futures.wait(
                     pending, timeout=POLL_S, return_when=concurrent.futures.FIRST_COMPLETED
                 )
@@ -163,6 +142,8 @@ class Verifier:
         limit = len(wanted) * (snapshot_size_bytes(self.parts.flat.size) + 4096) + 65536
         if receipt.remainder_root != NO_REMAINDER:
             limit += remainder_bytes_limit(self.parts.flat.size) + MAX_RECEIPT_BYTES
+        data = self.parts.recipe.data
+        limit += receipt.num_steps * record_size_bytes(data.accumulation * data.batch_size) + MAX_RECEIPT_BYTES
         return await self.dendrite.call(
             self.address(receipt.hotkey), synapse, timeout_s=OPEN_TIMEOUT_S, max_reply_bytes=limit
         )
@@ -177,82 +158,39 @@ class Verifier:
             return None
 
     def check_one(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> CheckResult:
-        """Take the opened snapshots, replay, compare.
+        """Take what was opened, replay, compare.
 
         Raises:
-            PeerFault: REFUSED, NOT_COMMITTED or WRONG_REPLAY.
+            PeerFault: REFUSED or DOUBLE_COMMIT.
             ServiceError: our data or our line failed.
         """
-        opened, remainder = self._opened(receipt, drawn, reply), self._remainder(receipt, reply.reply)
-        try:
-            data = self.load_data(receipt.rank)
-        except NoSlot as exc:
-            raise PeerFault(Fault.WRONG_REPLAY, f"a receipt without an assignment: {exc}") from exc
-        if receipt.data_digests != data.digests:
-            raise PeerFault(Fault.WRONG_REPLAY, "the receipt's tokens are not those of its assignment")
-        if receipt.num_steps > data.num_steps(receipt.num_steps):
-            raise PeerFault(Fault.WRONG_REPLAY, f"{receipt.num_steps} steps, its assignment holds fewer")
-        self._check_link(receipt, opened[receipt.num_snapshots - 1], remainder)
-        worst = 0.0
-        for window in drawn.windows:
-            verdict = replay_window(
-                self.parts.loop,
-                self.state,
-                data.batch,
-                claimed=opened[window],
-                opened=opened[window - 1] if window > 0 else None,
-            )
-            worst = max(worst, verdict.worst)
-        detail = f"window {drawn.windows[0]}" if len(drawn.windows) == 1 else "the whole round"
-        if worst >= self.parts.recipe.scoring.distance_zero:
-            return CheckResult(
-                distance=worst, fault=Fault.WRONG_REPLAY, detail=f"{detail}: replay distance {worst:.3g}"
-            )
-        return CheckResult(distance=worst, detail=detail)
-
-    def _opened(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> dict[int, Snapshot]:
         if reply.failure is Failure.OURS:
             raise ServiceError(reply.detail)
         if reply.reply is None:
             raise PeerFault(Fault.REFUSED, f"did not open its snapshots: {reply.detail}")
-        wanted = drawn.snapshots(receipt.num_snapshots)
-        by_index = {opening.index: opening for opening in reply.reply.openings}
-        if set(by_index) != set(wanted):
-            raise PeerFault(
-                Fault.REFUSED, f"opened snapshots {sorted(by_index)} of {list(wanted)}: {reply.reply.status}"
-            )
-        return {index: self._decode(receipt, opening) for index, opening in by_index.items()}
+        second = second_receipt(receipt, reply.reply.receipt)
+        if second is not None:
+            return double_commit(receipt, second)
+        judging = self.judging or Judge(parts=self.parts, base=self.base, state=self.state, load_data=self.load_data)
+        return judging.judge(receipt, drawn, _answer(reply.reply))
 
-    def _decode(self, receipt: Receipt, opening: Opening) -> Snapshot:
-        check_opening(receipt, opening.index, opening.payload, opening.proof)
-        # From here on it signed these bytes: what is wrong with them is a lie, not an accident of the wire.
-        try:
-            snapshot = decode_snapshot(opening.payload, self.parts.flat.size)
-        except PeerFault as exc:
-            raise PeerFault(Fault.WRONG_REPLAY, f"committed to something that is no snapshot: {exc.detail}") from exc
-        want = snapshot_steps(receipt.num_steps, self.parts.recipe.inner.snapshot_every)[opening.index]
-        if snapshot.step != want:
-            raise PeerFault(
-                Fault.WRONG_REPLAY, f"committed snapshot {opening.index} is of step {snapshot.step}, expected {want}"
-            )
-        return snapshot
 
-    def _remainder(self, receipt: Receipt, reply: TrainReply | None) -> Tensor | None:
-        """The remainder that it used, once it is shown to be the one that follows from the base."""
-        opened = None
-        if reply is not None and reply.remainder is not None:
-            opened = RemainderBytes(**reply.remainder.model_dump())
-        return check_remainder(receipt, self.base.manifest, opened, self.parts.flat.size)
+def second_receipt(first: Receipt, raw: bytes | None) -> Receipt | None:
+    """``raw`` as a receipt, if its hotkey signed it for the same round of the same run and it is another; else None."""
+    if raw is None or raw == first.to_bytes():
+        return None
+    try:
+        found = parse_receipt(raw, hotkey=first.hotkey, verify=verify)
+    except PeerFault:
+        return None
+    same_round = (found.run_id, found.round) == (first.run_id, first.round)
+    return found if same_round and found.signed_bytes() != first.signed_bytes() else None
 
-    def _check_link(self, receipt: Receipt, final: Snapshot, remainder: Tensor | None) -> None:
-        """What it averages, and what it carries on, is what it committed to: byte for byte."""
-        seed = codec_seed(receipt.run_id, receipt.round, receipt.hotkey)
-        try:
-            encoded = encode_payload(self.parts, self.state, final, seed, remainder)
-        except ValueError as exc:
-            raise PeerFault(Fault.WRONG_REPLAY, f"committed to a final snapshot that cannot be encoded: {exc}") from exc
-        root = MerkleTree(self.parts.layout.chunk_digests(encoded.payload)).root.hex()
-        if root != receipt.payload_root:
-            raise PeerFault(Fault.NOT_COMMITTED, "the committed chunks do not encode the committed final snapshot")
-        if (encoded.rest_root, encoded.carried_root) != (receipt.rest_root, receipt.carried_root):
-            raise PeerFault(Fault.NOT_COMMITTED, "the committed remainder is not what its payload leaves")
+
+def _answer(reply: TrainReply) -> Answer:
+    remainder = RemainderBytes(**reply.remainder.model_dump()) if reply.remainder is not None else None
+    openings = {opening.index: (opening.payload, opening.proof) for opening in reply.openings}
+    return Answer(openings=openings, remainder=remainder, steps=reply.steps, status=reply.status)
+
+
+__all__ = ["Draw", "Judging", "Verifier", "draw", "second_receipt"]

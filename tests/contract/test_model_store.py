@@ -245,6 +245,19 @@ def test_an_artefact_past_the_limit_is_refused(store: Store) -> None:
         store.read_artefact(repo, "main", "big", max_bytes=99)
 
 
+def test_artefacts_are_listed_by_folder_and_of_no_folder_there_are_none(store: Store) -> None:
+    repo = f"validator/{next(_numbers)}"
+    assert store.list_artefacts(repo, "checks", "checks/round-1") == []
+    files = {"checks/round-1/b.json": b"b", "checks/round-1/more/c.bin": b"c", "checks/round-10/a.json": b"a"}
+    store.publish_artefacts(repo, "checks", files)
+    store.publish_artefacts(repo, "checks", {"checks/round-1/a.json": b"a"})
+    assert store.list_artefacts(repo, "checks", "checks/round-1") == [
+        "checks/round-1/a.json", "checks/round-1/b.json", "checks/round-1/more/c.bin"
+    ]  # fmt: skip
+    assert store.list_artefacts(repo, "checks", "checks/round-2") == []
+    assert store.list_artefacts(repo, "other", "checks") == []
+
+
 def _outcome(store: Store, step: tuple[str, int, int]) -> object:
     kind, number, nonce = step
     if kind == "prune":

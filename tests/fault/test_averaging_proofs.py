@@ -17,7 +17,9 @@ from hivetrain.averaging.messages import Result
 from hivetrain.averaging.proofs import MAX_EVIDENCE_BYTES, pack_wrong_average
 from hivetrain.averaging.results import sign_result
 from hivetrain.errors import Fault
+from hivetrain.scoring.explain import proves
 from hivetrain.verification.merkle import MerkleTree
+from template.validator.records import proven_averages
 
 BAD = 2
 
@@ -87,6 +89,24 @@ def test_wrong_average_is_proved_to_a_third_party(monkeypatch: pytest.MonkeyPatc
         assert proves_wrong_average(evidence, world.plan, verify, (BAD, 1)) is None
         assert proves_two_averages(evidence, world.plan, verify) is None
         assert outcome.reduced_again == (BAD,)
+
+
+def test_a_proved_wrong_average_is_a_failed_check_whose_files_prove_it_to_anybody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, outcomes = attacked("one wrong block", monkeypatch)
+    outcome = next(iter(outcomes.values()))
+    found = proven_averages([(world.plan, outcome)], verify)
+    assert list(found) == [world.hotkey(BAD)]
+    check = found[world.hotkey(BAD)]
+    assert check.fault is Fault.WRONG_AVERAGE
+    assert proves(Fault.WRONG_AVERAGE, world.hotkey(BAD), check.evidence, verify)
+    assert not proves(Fault.WRONG_AVERAGE, world.hotkey(0), check.evidence, verify)
+    assert not proves(Fault.DOUBLE_COMMIT, world.hotkey(BAD), check.evidence, verify)
+    for broken in ({}, {**check.evidence, "group_plan": b"\xc1"}, {**check.evidence, "wrong_average": b""}):
+        assert not proves(Fault.WRONG_AVERAGE, world.hotkey(BAD), broken, verify)
+    word = dataclasses.replace(outcome, faults=tuple(dataclasses.replace(f, evidence=b"") for f in outcome.faults))
+    assert proven_averages([(world.plan, word)], verify) == {}  # a peer's word alone
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from tests.round_kit import (
 
 MINER = identity("miner")
 OTHERS = (identity("miner-2"), identity("miner-3"))
-LIES = {Fault.WRONG_REPLAY, Fault.NOT_COMMITTED}
+LIES = {Fault.WRONG_REPLAY, Fault.NOT_COMMITTED, Fault.DOUBLE_COMMIT}
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +360,21 @@ def test_opening_one_snapshot_twice_instead_of_two_is_a_refusal(
         return reply.model_copy(update={"openings": (reply.openings[0], reply.openings[0])})
 
     assert_caught(check(world, wire, places, honest, twice), Fault.REFUSED, tmp_path, world)
+
+
+def test_a_second_receipt_in_the_answer_is_a_lie_with_both_as_evidence(
+    world: World, wire: Wire, places: dict[str, Place], honest: Contribution, tmp_path: Path
+) -> None:
+    train = committed(world, honest)
+    second = sign_receipt(honest.receipt.model_copy(update={"loss": 1.0}), MINER)
+
+    async def two_faced(synapse: Train, caller: Caller) -> TrainReply:
+        return (await train(synapse, caller)).model_copy(update={"receipt": second.to_bytes()})
+
+    result = check(world, wire, places, honest, two_faced)
+    assert_caught(result, Fault.DOUBLE_COMMIT, tmp_path, world)
+    assert result is not None
+    assert set(result.evidence.values()) == {honest.receipt.to_bytes(), second.to_bytes()}
 
 
 def test_an_answer_without_openings_is_a_refusal(

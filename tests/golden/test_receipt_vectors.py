@@ -18,6 +18,7 @@ from hivetrain.contribution import codec_seed
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.training.state import Snapshot
 from hivetrain.verification.receipt import Receipt, encode_snapshot, parse_receipt, sign_receipt, step_record
+from hivetrain.verification.sketch import count_sketch, sketch_seed, to_hex
 from template.chain.keys import verify
 
 ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -45,15 +46,16 @@ FIELDS: dict[str, object] = {
     "remainder_root": "0b" * 32,
     "rest_root": "0c" * 32,
     "carried_root": "0d" * 32,
+    "sketch": "0000803f" * 256,
 }
 SIGNED = b"hivetrain-receipt/1\n" + json.dumps(FIELDS, sort_keys=True, separators=(",", ":")).encode()
-SIGNED_SHA256 = "a7a73a51b605735d7b34041a5ad7b6499ac6c68acf4612c837c58f94f6eb9d87"
+SIGNED_SHA256 = "691c48e9ffdd331a2d12e7e05592e66c1d6d6f79c100998d8f8c037233020604"
 ROOT = "0b94583f55428b133d3dfdf32bbcc7e126603653d9c44c5124570ca89f7301b2"
 SIGNATURE = (
-    "3c29e9cd9a696b3dd0f301fc5b6c66c9bdd5a19a161d9aa675f533578408f90f"
-    "0e44320c181efb7ca835bc2456db8cfedff20d1491c7a3fae0bb616c4bdfc784"
+    "520dd553833dbc21b3e6860555bafe1cfb6682766510487fec09cbc3b1934f4c"
+    "f70b444370c752c661f9e6b8e18d6f06340b544a51694825c20513077e46c480"
 )
-WIRE_SHA256 = "bf9d3719252e26c4672f3cbcfa660571d8c3194c391f5ab0d4063a0802f91de6"
+WIRE_SHA256 = "913d00173b5b4f6c058967d96b542447e8f6b96c598213d95272ef927eec54c1"
 
 
 def receipt() -> Receipt:
@@ -88,7 +90,10 @@ def test_alices_signature_of_then_is_accepted_now() -> None:
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - {"version", "hotkey"}))
 def test_the_signature_covers_every_field(name: str) -> None:
     value = FIELDS[name]
-    other = value[::-1][:1] if isinstance(value, list) else "ee" * 32 if isinstance(value, str) else value + 1  # type: ignore[operator]
+    if isinstance(value, list):
+        other: object = value[::-1][:1]
+    else:
+        other = "ee" * (len(value) // 2) if isinstance(value, str) else value + 1  # type: ignore[operator]
     raw = json.dumps({**FIELDS, "signature": SIGNATURE, name: other}).encode()
     with pytest.raises(PeerFault) as caught:
         parse_receipt(raw, hotkey=ALICE, verify=verify)
@@ -127,3 +132,18 @@ def test_a_snapshot_is_its_step_and_three_vectors_in_little_endian() -> None:
 def test_the_codecs_seed_is_seven_bytes_of_a_sha256() -> None:
     text = b"hivetrain-codec/1\n" + b"01" * 32 + b"\n7\n" + ALICE.encode()
     assert codec_seed("01" * 32, 7, ALICE) == int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
+def test_a_sketch_is_signed_sums_in_256_buckets_by_splitmix64() -> None:
+    run, values = "01" * 32, [1.5, -0.25, 3.0, 1e-3, -7.0, 0.125]
+    seed = int.from_bytes(hashlib.sha256(f"hivetrain-sketch/1\n{run}\n7".encode()).digest()[:8], "big")
+    sums, mask = [0.0] * 256, 2**64 - 1
+    for place, value in enumerate(values, start=1):
+        z = (place * 0x9E3779B97F4A7C15 + seed) & mask
+        z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        sums[z & 255] += -value if z >> 8 & 1 else value
+    expected = struct.pack("<256f", *sums).hex()
+    assert sketch_seed(run, 7) == seed
+    assert to_hex(count_sketch(torch.tensor(values), seed)) == expected

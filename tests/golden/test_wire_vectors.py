@@ -63,11 +63,13 @@ MESSAGES: list[tuple[Message, bytes]] = [
             receipt=b"r",
             openings=(Opening(index=1, step=10, payload=b"\x01\x02", proof=(b"\x03",)),),
             remainder=RemainderOpening(values=b"\x04", previous=b"\x05\x06"),
+            steps=b"\x07",
         ),
-        b"\x8c\xa6run_id" + HEX64 + b"\xa5round\x07\xa6status\xa9committed\xa5epoch\x02\xa4step\x32\xa9num_steps\x32"
+        b"\x8d\xa6run_id" + HEX64 + b"\xa5round\x07\xa6status\xa9committed\xa5epoch\x02\xa4step\x32\xa9num_steps\x32"
         b"\xa4loss" + f64(4.5) + b"\xb1tokens_per_second\xc0\xa7receipt\xc4\x01r\xa8openings\x91"
         b"\x84\xa5index\x01\xa4step\x0a\xa7payload\xc4\x02\x01\x02\xa5proof\x91\xc4\x01\x03\xa6detail\xa0\xa9remainder"
-        b"\x83\xa6values\xc4\x01\x04\xa8previous\xc4\x02\x05\x06\xa6others\xc4\x00",
+        b"\x83\xa6values\xc4\x01\x04\xa8previous\xc4\x02\x05\x06\xa6others\xc4\x00"
+        b"\xa5steps\xc4\x01\x07",
     ),
     (
         AllReduce(run_id=RUN_ID, round=7, attempt=1, plan=b"\x81", base_manifest=RUN_ID),

@@ -34,8 +34,14 @@ from network_kit import (
 from PIL import Image
 
 from hivetrain.hub.client import HubStore
+from hivetrain.hub.folder import mirror
 from hivetrain.manifest import Ref
+from hivetrain.scoring.published import read_records
+from hivetrain.scoring.record import CHECKS_BRANCH
 from hivetrain.tracking.status import read_status
+from neurons.audit import run_audit
+from neurons.explain import explain
+from neurons.sources import open_source
 from template.chain.client import Chain
 from template.chain.keys import verify
 from tests.browser import visit
@@ -268,6 +274,35 @@ def test_no_published_epoch_is_lost_or_torn(up: Up, tmp_path: Path) -> None:
     rounds = [ref.manifest.round for ref in refs]
     assert rounds == sorted(set(rounds))
     assert len(refs) >= 4
+
+
+def test_every_score_is_explained_from_a_copy_of_the_hub_and_an_honest_epoch_passes_its_audit(
+    up: Up, fourth: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """Also of the rounds around a validator's death: one that was not scored has no record."""
+    store, repo = up.store(), up.genesis["hub_repo"]
+
+    def scored() -> list[Ref]:
+        refs = [ref for epoch in store.epochs() if epoch > 0 and (ref := store.resolve(epoch)) is not None]
+        return [ref for ref in refs if read_records(store, repo, ref.manifest.round, verify)[0]]
+
+    until(lambda: len(scored()) >= 5, "five epochs with published checks", 5 * ROUND_S, poll_s=2)
+    mirror(store, repo, CHECKS_BRANCH, tmp_path / "copy")
+    copy = open_source(dir=tmp_path, copy=tmp_path / "copy")
+    explained = 0
+    for ref in scored():
+        for hotkey in ref.manifest.members:
+            found = explain(copy, ref.epoch, hotkey)
+            assert found.holds, found.lines()
+            assert found.words[0].published == found.words[0].recomputed
+            explained += 1
+    assert explained >= 15
+    newest = scored()[-1]
+    verdict = run_audit(
+        open_source(dir=up.folder), newest.epoch, newest.manifest.members[0], cache=tmp_path / "cache"
+    ).verdict
+    assert verdict.honest, verdict
+    assert verdict.num_steps == 20
 
 
 def test_ctrl_c_leaves_no_process_and_the_next_up_goes_on(up: Up, fourth: subprocess.Popen[bytes]) -> None:

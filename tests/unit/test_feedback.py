@@ -115,6 +115,7 @@ class Miner:
             loss=1.0,
             data_digests=(),
             steps_root="03" * 32,
+            sketch="00" * 1024,
             snapshots_root="04" * 32,
             num_snapshots=1,
             payload_root="05" * 32,

@@ -65,6 +65,7 @@ def receipt(**changes: object) -> Receipt:
         "loss": 4.5,
         "data_digests": ("06" * 32,),
         "steps_root": "08" * 32,
+        "sketch": "00" * 1024,
         "snapshots_root": "09" * 32,
         "num_snapshots": 5,
         "payload_root": "0a" * 32,

@@ -44,6 +44,7 @@ def receipt(hotkey: str, num_steps: int = 10) -> Receipt:
         loss=4.5,
         data_digests=(),
         steps_root="08" * 32,
+        sketch="00" * 1024,
         snapshots_root="09" * 32,
         num_snapshots=1,
         payload_root="0a" * 32,

@@ -1,0 +1,280 @@
+"""A score, computed again from what a validator published, and told in words. Pure: no hub, no clock.
+
+The record's facts are not believed where they can be checked: receipts must carry their miner's signature, draws must
+follow from the coins, scores from the facts, and the average after the round from the one before. The rest is the
+validator's word: replay distances (`hivetrain audit` takes them again), what it measured, what its own side missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgpack
+
+from hivetrain.averaging.group import plan_from_dict
+from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
+from hivetrain.errors import Fault, PeerFault
+from hivetrain.identity import Verify
+from hivetrain.manifest import Manifest
+from hivetrain.run import Scoring
+from hivetrain.scoring.average import AverageState, Entry, MovingAverage
+from hivetrain.scoring.record import MinerRecord, RoundRecord, scoring_sha256
+from hivetrain.scoring.score import Score, Unscored, score_facts
+from hivetrain.verification.challenge import draw
+from hivetrain.verification.receipt import Receipt, parse_receipt
+
+MAX_PLAN_BYTES = 1 << 20
+EVIDENCE = {
+    Fault.DOUBLE_COMMIT: frozenset({"first_receipt", "second_receipt"}),
+    Fault.WRONG_AVERAGE: frozenset({"wrong_average", "group_plan"}),
+}
+"""Kinds of files that must lie beside a record which names these faults in a check."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed:
+    """What follows from the facts of one record, and where the record says something else.
+
+    Attributes:
+        scores: by hotkey.
+        after: the averages after the round; ``shares`` of the pay by hotkey.
+        problems: what does not hold, in words, each with the hotkey that it concerns ("" for all of them).
+    """
+
+    scores: Mapping[str, Score | Unscored]
+    after: AverageState
+    shares: Mapping[str, float]
+    problems: Sequence[tuple[str, str]]
+
+
+def recompute(record: RoundRecord, scoring: Scoring, verify: Verify) -> Recomputed:
+    """Take the step from the record's facts to its scores, averages and shares once more.
+
+    Args:
+        record: with its signature checked (`parse_record`).
+        scoring: of the run's recipe.
+        verify: checks miners' signatures.
+    """
+    problems: list[tuple[str, str]] = []
+    if record.scoring_sha256 != scoring_sha256(scoring):
+        problems.append(("", "scored under other settings than the recipe's"))
+    average = MovingAverage(None, scoring, record.before)
+    for hotkey, miner in record.miners.items():
+        problems += [(hotkey, problem) for problem in _miner_problems(record, hotkey, miner, average, scoring, verify)]
+    scores = score_facts({hotkey: miner.facts() for hotkey, miner in record.miners.items()}, scoring)
+    for hotkey, score in scores.items():
+        published = record.miners[hotkey].published()
+        if published != score:
+            problems.append((hotkey, f"published {in_words(published)}, the facts give {in_words(score)}"))
+    known = {*record.before.entries, *record.miners}
+    average.update(record.round, scores, known - set(record.gone))
+    after, shares = average.state, average.weights()
+    for hotkey in sorted({*after.entries, *record.after.entries}):
+        ours, theirs = after.entries.get(hotkey), record.after.entries.get(hotkey)
+        if ours != theirs:
+            problems.append((hotkey, f"the average after the round is {_entry(theirs)}, it follows {_entry(ours)}"))
+    if (after.first_round, after.last_round) != (record.after.first_round, record.after.last_round):
+        problems.append(("", "the averages are not of the rounds that they should be"))
+    for hotkey in sorted({*shares, *record.shares}):
+        if shares.get(hotkey, 0.0) != record.shares.get(hotkey, 0.0):
+            problems.append(
+                (hotkey, f"a share of {record.shares.get(hotkey, 0.0):.6f}, it follows {shares.get(hotkey, 0.0):.6f}")
+            )
+    return Recomputed(scores=scores, after=after, shares=shares, problems=tuple(problems))
+
+
+def _miner_problems(
+    record: RoundRecord, hotkey: str, miner: MinerRecord, average: MovingAverage, scoring: Scoring, verify: Verify
+) -> list[str]:
+    problems = []
+    if miner.receipt is not None:
+        problems += _receipt_problems(record, hotkey, miner.receipt, verify)
+    if not miner.ours and miner.cooldown_left != average.cooldown_left(hotkey, record.round):
+        problems.append(f"a cooldown of {miner.cooldown_left} rounds is not what the average before says")
+    if miner.owed != average.owes(hotkey):
+        problems.append(f"whether it owed a check is {average.owes(hotkey)} by the average before, not {miner.owed}")
+    drawn: tuple[int, ...] = ()
+    if miner.receipt is not None and record.block_hash:
+        drawn = draw(
+            block_hash=record.block_hash,
+            validator=record.validator,
+            miner=hotkey,
+            coins=bytes.fromhex(record.coins),
+            num_snapshots=miner.receipt.num_snapshots,
+            scoring=scoring,
+            owes=miner.owed,
+        ).windows
+    if drawn != miner.drawn:
+        problems.append(f"windows {list(miner.drawn)} were drawn, the coins say {list(drawn)}")
+    if drawn and not miner.checks and not miner.ours:
+        problems.append("it was drawn, and neither a result nor a failure of the validator's is published")
+    kinds = {proof.kind for proof in record.proofs if proof.hotkey == hotkey}
+    for check in miner.checks:
+        if check.fault is None or check.fault not in EVIDENCE:
+            continue
+        missing = EVIDENCE[check.fault] - kinds
+        if missing:
+            problems.append(f"{check.fault.value} is said, and {', '.join(sorted(missing))} not published")
+    replayed = [check for check in miner.checks if check.windows]
+    if any(check.windows != drawn[: len(check.windows)] for check in replayed):
+        problems.append(f"the checks are not of the windows {list(drawn)} that were drawn")
+    return problems
+
+
+def _receipt_problems(record: RoundRecord, hotkey: str, receipt: Receipt, verify: Verify) -> list[str]:
+    problems = []
+    try:
+        parse_receipt(receipt.to_bytes(), hotkey=hotkey, verify=verify)
+    except PeerFault as exc:
+        problems.append(f"its receipt does not hold: {exc.detail}")
+    ours = (record.run_id, record.round, record.base_manifest)
+    if (receipt.run_id, receipt.round, receipt.base_manifest) != ours:
+        problems.append("its receipt is of another run, round or base")
+    return problems
+
+
+def follows(record: RoundRecord, previous: RoundRecord) -> list[str]:
+    """What does not hold between a record and the one that it names as its previous, in words."""
+    problems = []
+    if record.previous != previous.sha256():
+        problems.append(f"the record before is {previous.sha256()[:12]}, this one names {record.previous[:12]}")
+    if record.before != previous.after:
+        problems.append(f"the averages before round {record.round} are not those after round {previous.round}")
+    return problems
+
+
+def against_manifest(record: RoundRecord, manifest: Manifest) -> list[tuple[str, str]]:
+    """Receipts of the epoch's members that are not those that its manifest names."""
+    return [
+        (hotkey, f"the epoch's manifest names receipt {digest[:12]}, the record holds {held.receipt.sha256()[:12]}")
+        for hotkey, digest in manifest.receipts.items()
+        if (held := record.miners.get(hotkey)) is not None
+        and held.receipt is not None
+        and held.receipt.sha256() != digest
+    ]
+
+
+def two_receipts(records: Sequence[RoundRecord], verify: Verify) -> dict[str, tuple[Receipt, Receipt]]:
+    """Miners that signed two different receipts for one round, as the records of several validators show it."""
+    first: dict[str, Receipt] = {}
+    found: dict[str, tuple[Receipt, Receipt]] = {}
+    for record in records:
+        for hotkey, miner in record.miners.items():
+            receipt = miner.receipt
+            if receipt is None or _receipt_problems(record, hotkey, receipt, verify):
+                continue
+            other = first.setdefault(hotkey, receipt)
+            same = (other.run_id, other.round) == (receipt.run_id, receipt.round)
+            if same and other.signed_bytes() != receipt.signed_bytes():
+                found.setdefault(hotkey, (other, receipt))
+    return found
+
+
+def proves(fault: Fault, hotkey: str, files: Mapping[str, bytes], verify: Verify) -> bool:
+    """Whether published files of evidence, by kind, prove ``fault`` of ``hotkey``. Never raises."""
+    try:
+        if fault is Fault.DOUBLE_COMMIT:
+            one, other = (
+                parse_receipt(files[kind], hotkey=hotkey, verify=verify) for kind in ("first_receipt", "second_receipt")
+            )
+            same = (one.run_id, one.round) == (other.run_id, other.round)
+            return same and one.signed_bytes() != other.signed_bytes()
+        if fault is Fault.WRONG_AVERAGE:
+            if len(files["group_plan"]) > MAX_PLAN_BYTES:
+                return False
+            plan = plan_from_dict(msgpack.unpackb(files["group_plan"], strict_map_key=True))
+            evidence = files["wrong_average"]
+            return hotkey in (proves_two_averages(evidence, plan, verify), proves_wrong_average(evidence, plan, verify))
+    except (KeyError, PeerFault, TypeError, ValueError, msgpack.UnpackException):
+        return False
+    return False
+
+
+def compare(ours: RoundRecord, theirs: RoundRecord, hotkey: str) -> list[str]:
+    """What two validators say differently of one miner, in words."""
+    one, other = ours.miners.get(hotkey), theirs.miners.get(hotkey)
+    names = f"{ours.validator[:8]} and {theirs.validator[:8]}"
+    if one is None or other is None:
+        return [f"{names}: only one of them has it"]
+    lines = []
+    if ours.block_hash and theirs.block_hash and ours.block_hash != theirs.block_hash:
+        lines.append(f"{names}: draw from different block hashes")
+    if (one.receipt is None) != (other.receipt is None):
+        lines.append(f"{names}: only one of them has its receipt")
+    elif one.receipt is not None and other.receipt is not None and one.receipt.sha256() != other.receipt.sha256():
+        lines.append(f"{names}: hold different receipts of it: a proof that it signed two")
+    if any(check.fault for check in one.checks) != any(check.fault for check in other.checks):
+        lines.append(f"{names}: only one of them saw a check fail")
+    scores = [entry.score.score if entry.score is not None else None for entry in (one, other)]
+    if scores[0] != scores[1]:
+        shown = " and ".join("no score" if score is None else f"{score:.6f}" for score in scores)
+        lines.append(f"{names}: {shown}")
+    return lines
+
+
+def tell(record: RoundRecord, hotkey: str, found: Recomputed) -> list[str]:
+    """Why ``hotkey`` has the score that it has, line by line."""
+    miner, facts = record.miners[hotkey], record.miners[hotkey].facts()
+    lines = [_receipt_line(miner), _draw_line(record, miner)]
+    lines += [f"check: {check.result().in_words()}" for check in miner.checks]
+    score = found.scores[hotkey]
+    if isinstance(score, Unscored) or isinstance(facts, Unscored):
+        why = score.why if isinstance(score, Unscored) else miner.ours
+        lines.append(f"not scored, which changes nothing: {why}")
+    else:
+        lines += [
+            f"{name}: {getattr(score, name):.4f}, {score.reasons[name]}" for name in ("gradient", "steps", "bandwidth")
+        ]
+        lines.append(f"score: {score.score:.6f} = gradient x (steps and bandwidth by the recipe's weights)")
+    before, after = record.before.entries.get(hotkey), found.after.entries.get(hotkey)
+    lines.append(f"average: {_entry(before)} -> {_entry(after)}")
+    if after is not None and after.paid_from > record.round:
+        lines.append(f"came new: its scores count from round {after.paid_from}")
+    lines.append(f"share of the pay: {found.shares.get(hotkey, 0.0):.4f}")
+    return lines
+
+
+def _receipt_line(miner: MinerRecord) -> str:
+    receipt = miner.receipt
+    if receipt is None:
+        return f"receipt: none, {miner.refused or miner.ours or 'and no reason given'}"
+    return (
+        f"receipt: {receipt.sha256()[:12]}, {receipt.num_steps} steps, {receipt.num_tokens} tokens, "
+        f"loss {receipt.loss:.4f}, signed"
+    )
+
+
+def _draw_line(record: RoundRecord, miner: MinerRecord) -> str:
+    if not miner.drawn:
+        return "draw: not checked this round"
+    why = "it had refused its last check" if miner.owed else f"coins and block {record.block_hash[:12]}"
+    return f"draw: windows {', '.join(map(str, miner.drawn))}, by {why}"
+
+
+def _entry(entry: Entry | None) -> str:
+    if entry is None:
+        return "none"
+    words = [f"{entry.value:.6f}"]
+    words += [f"no pay before round {entry.cooldown_until}"] * (entry.cooldown_until > 0)
+    words += [f"{entry.refusals} checks refused"] * (entry.refusals > 0)
+    return ", ".join(words)
+
+
+def in_words(score: Score | Unscored) -> str:
+    """One score in a few words."""
+    if isinstance(score, Unscored):
+        return f"no score ({score.why})"
+    return f"{score.score:.6f} ({score.gradient:.4f}, {score.steps:.4f}, {score.bandwidth:.4f})"
+
+
+__all__ = [
+    "Recomputed",
+    "against_manifest",
+    "compare",
+    "follows",
+    "proves",
+    "recompute",
+    "tell",
+    "two_receipts",
+]

@@ -1,0 +1,162 @@
+"""`hivetrain explain`: why a miner has the score that it has, from public artefacts alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from hivetrain.errors import HubNotFound, IntegrityError
+from hivetrain.run import Scoring
+from hivetrain.scoring import Score
+from hivetrain.scoring.explain import EVIDENCE, against_manifest, compare, follows, proves, recompute, tell
+from hivetrain.scoring.published import read_record
+from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
+from hivetrain.scoring.score import PROVEN
+from neurons.sources import Source
+from template.chain.keys import verify
+
+
+@dataclass(slots=True, kw_only=True)
+class ValidatorsWord:
+    """One validator's record, computed again.
+
+    Attributes:
+        lines: why, in words.
+        problems: what in it does not hold for this miner.
+        elsewhere: how much does not hold for other miners.
+    """
+
+    validator: str
+    leads: bool
+    record_sha256: str
+    published: float | None
+    recomputed: float | None
+    average: float
+    share: float
+    lines: list[str]
+    problems: list[str] = field(default_factory=list)
+    elsewhere: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Explanation:
+    """A miner's score of one epoch, as every validator gave it."""
+
+    epoch: int
+    round: int
+    hotkey: str
+    run_id: str
+    in_mean: bool
+    words: list[ValidatorsWord] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every published score is the recomputed one, and no record is forged."""
+        return not self.refused and not any(word.problems for word in self.words)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        from dataclasses import asdict
+
+        return {**asdict(self), "holds": self.holds}
+
+    def lines(self) -> list[str]:
+        """What is printed."""
+        found = [f"epoch {self.epoch} (round {self.round}) of run {self.run_id[:12]}, miner {self.hotkey}"]
+        found.append("its vector is in the epoch's mean" if self.in_mean else "its vector is not in the epoch's mean")
+        for word in self.words:
+            role = ", the epoch's leader" if word.leads else ""
+            found.append(f"validator {word.validator}{role}, record {word.record_sha256[:12]}")
+            found += [f"  {line}" for line in word.lines]
+            found += [f"  DIFFERS: {problem}" for problem in word.problems]
+            if word.elsewhere:
+                found.append(f"  note: {word.elsewhere} things do not hold for other miners")
+            if not word.problems:
+                found.append("  the published score is the recomputed one")
+        found += [f"FORGED: {why}" for why in self.refused.values()]
+        found += [f"validators differ: {line}" for line in self.differences]
+        return found
+
+
+def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
+    """Compute again what every validator made of ``hotkey`` in the round that made ``epoch``.
+
+    Raises:
+        ConfigError: no such epoch, or no such miner in it.
+        HivetrainError: no record, or the hub does not answer.
+    """
+    _, recipe = source.genesis()
+    ref = source.epoch(epoch, verify)
+    records, refused = source.records(ref, hotkey, verify)
+    manifest = ref.manifest
+    found = Explanation(
+        epoch=epoch,
+        round=manifest.round,
+        hotkey=hotkey,
+        run_id=manifest.run_id,
+        in_mean=hotkey in manifest.members,
+        refused=refused,
+    )
+    for record in sorted(records, key=lambda one: one.validator != manifest.leader):
+        word = _word(source, record, hotkey, recipe.scoring)
+        word.leads = record.validator == manifest.leader
+        word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
+        found.words.append(word)
+    for one, other in combinations(records, 2):
+        found.differences += compare(one, other, hotkey)
+    return found
+
+
+def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) -> ValidatorsWord:
+    again = recompute(record, scoring, verify)
+    published, score = record.miners[hotkey].published(), again.scores[hotkey]
+    after = again.after.entries.get(hotkey)
+    word = ValidatorsWord(
+        validator=record.validator,
+        leads=False,
+        record_sha256=record.sha256(),
+        published=published.score if isinstance(published, Score) else None,
+        recomputed=score.score if isinstance(score, Score) else None,
+        average=after.value if after is not None else 0.0,
+        share=again.shares.get(hotkey, 0.0),
+        lines=tell(record, hotkey, again),
+        problems=[why for whose, why in again.problems if whose in ("", hotkey)],
+        elsewhere=sum(1 for whose, _ in again.problems if whose not in ("", hotkey)),
+    )
+    word.problems += _unproved(source, record, hotkey)
+    if record.previous:
+        try:
+            earlier = read_record(source.store, source.repo, record.before.last_round, record.validator, verify)
+            word.problems += follows(record, earlier)
+        except HubNotFound:
+            word.lines.append(f"the record of round {record.before.last_round}, which it follows, is not there")
+        except IntegrityError as exc:
+            word.problems.append(str(exc))
+    elif record.before.entries:
+        word.lines.append("this validator's first record: the averages before it are its word")
+    return word
+
+
+def _unproved(source: Source, record: RoundRecord, hotkey: str) -> list[str]:
+    """Faults that the record says are proved, and whose evidence does not prove them."""
+    found = []
+    for check in record.miners[hotkey].checks:
+        if check.fault is None or check.fault not in PROVEN:
+            continue
+        files = {}
+        for proof in record.proofs:
+            if proof.hotkey == hotkey and proof.kind in EVIDENCE[check.fault]:
+                path = evidence_path(record.round, proof.sha256)
+                try:
+                    raw = source.store.read_artefact(source.repo, CHECKS_BRANCH, path, MAX_EVIDENCE_BYTES)
+                except HubNotFound:
+                    continue
+                if hashlib.sha256(raw).hexdigest() == proof.sha256:
+                    files[proof.kind] = raw
+        if not proves(check.fault, hotkey, files, verify):
+            found.append(f"{check.fault.value} is said, and what is published does not prove it")
+    return found

@@ -1,0 +1,105 @@
+"""Where `explain` and `audit` read a run from: the hub of the local network, another hub, or a copy in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hivetrain.errors import ConfigError, HivetrainError, IntegrityError
+from hivetrain.hub.client import HubStore
+from hivetrain.hub.folder import FolderStore
+from hivetrain.identity import Verify
+from hivetrain.manifest import Ref
+from hivetrain.run import Recipe, parse_recipe
+from hivetrain.scoring.published import read_records
+from hivetrain.scoring.record import RoundRecord
+from hivetrain.workbench import RECIPE_NAME
+from neurons.main import log_retries
+from neurons.report import read_genesis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A run as it lies somewhere.
+
+    Attributes:
+        repo: of the run on the hub.
+        endpoint: of the hub, "" where none is named.
+        label: where it is, for messages.
+    """
+
+    store: HubStore | FolderStore
+    repo: str
+    endpoint: str
+    label: str
+
+    def genesis(self) -> tuple[Ref, Recipe]:
+        """Epoch 0 and the recipe in it.
+
+        Raises:
+            ConfigError: there is no run.
+        """
+        ref = self.store.resolve(0)
+        if ref is None or RECIPE_NAME not in ref.manifest.files:
+            raise ConfigError(f"{self.label} holds no run: it has no epoch 0")
+        return ref, parse_recipe(self.store.read(ref, RECIPE_NAME).decode(errors="replace"))
+
+    def epoch(self, epoch: int, verify: Verify) -> Ref:
+        """One epoch, its leader's signature checked.
+
+        Raises:
+            ConfigError: it is not there.
+            IntegrityError: it is not signed by its leader.
+        """
+        if epoch == 0:
+            raise ConfigError("epoch 0 is the genesis: nobody trained for it; name a later epoch")
+        ref = self.store.resolve(epoch)
+        if ref is None:
+            there = [number for number in self.store.epochs() if number > 0]
+            kept = f"it has {there[0]} to {there[-1]}" if there else "it has none yet"
+            raise ConfigError(f"no epoch {epoch} in {self.label}; {kept}")
+        manifest = ref.manifest
+        if not verify(manifest.leader, manifest.signed_bytes(), bytes.fromhex(manifest.leader_signature)):
+            raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
+        return ref
+
+    def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
+        """The validators' records of the round that made an epoch, and why some are refused, by validator.
+
+        Raises:
+            ConfigError: none of them has ``hotkey``.
+            HivetrainError: there is none that holds.
+        """
+        number = ref.manifest.round
+        records, refused = read_records(self.store, self.repo, number, verify)
+        records = [record for record in records if record.run_id == ref.manifest.run_id]
+        if not records:
+            why = "; ".join(refused.values()) or "no validator has published any"
+            raise HivetrainError(f"no checks of round {number}, which made epoch {ref.epoch}: {why}")
+        if not any(hotkey in record.miners for record in records):
+            known = sorted({one for record in records for one in record.miners})
+            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(known)}")
+        return [record for record in records if hotkey in record.miners], refused
+
+
+def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | None = None) -> Source:
+    """The copy in a folder, the hub at ``endpoint``, or that of the network in ``dir``.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    log_retries()
+    if not endpoint and (dir / "genesis.json").is_file():
+        genesis = read_genesis(dir)
+        endpoint, repo = genesis.hub_endpoint, repo or genesis.hub_repo
+    if copy is not None:
+        if not copy.is_dir():
+            raise ConfigError(f"no folder {copy}; write one with `hivetrain mirror {copy}`")
+        return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy))
+    if not endpoint:
+        raise ConfigError(f"no run in {dir}; name --dir, --hub.endpoint and --hub.repo, or a copy with --from FOLDER")
+    if not repo:
+        raise ConfigError("--hub.repo is needed with --hub.endpoint: the run's repository, OWNER/NAME")
+    return Source(
+        store=HubStore(endpoint=endpoint, repo=repo), repo=repo, endpoint=endpoint, label=f"{repo} on {endpoint}"
+    )

@@ -1,0 +1,307 @@
+"""The process that replays: the same verdicts as here, and its death, slowness or hub are our own failures.
+
+And what anybody can do with what is on the hub: explain a score, and audit an epoch of an honest miner and of a cheat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from hivetrain.contribution import Contribution
+from hivetrain.errors import Fault, HivetrainError, ServiceError
+from hivetrain.hub.client import HubStore, publish_dataset
+from hivetrain.hub.folder import FolderStore, mirror
+from hivetrain.manifest import Ref
+from hivetrain.run import Recipe
+from hivetrain.scoring import Bandwidth, MovingAverage, RoundFacts, score_facts
+from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_path, sign_record
+from hivetrain.verification.challenge import Draw, draw
+from hivetrain.verification.judge import Answer, Judge
+from hivetrain.verification.worker import ReplayProcess, WorkerSpec
+from neurons.audit import run_audit
+from neurons.cli import app, main
+from neurons.explain import explain
+from neurons.sources import Source, open_source
+from template.validator.collect import Collected
+from template.validator.publish import sign_manifest
+from template.validator.records import build_record
+from template.validator.reward import gather_facts
+from tests.hub_fixture import HubProcess, running_hub
+from tests.round_kit import COINS, RECIPE, ROUND, VALIDATOR, WHOLE, World, identity, make_world
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
+MINER = identity("miner")
+REPO = "test/model"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Place:
+    """A run on a real hub, and a process that replays for it."""
+
+    world: World
+    base: Ref
+    hub: HubProcess
+    replay: ReplayProcess
+    contribution: Contribution
+
+    def draw(self) -> Draw:
+        return Draw(hotkey=MINER.hotkey, windows=WHOLE)
+
+
+def answer_of(contribution: Contribution) -> Answer:
+    opened = {index: contribution.snapshots.open(index) for index in WHOLE}
+    return Answer(
+        openings={index: (snapshot.payload, proof) for index, (snapshot, proof) in opened.items()},
+        steps=contribution.steps,
+        status="opened",
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("replay")
+    with running_hub(folder / "hub") as hub:
+        world = make_world(folder / "world")
+        revision = publish_dataset(
+            hub.url, "test/corpus", {"part.parquet": folder / "world" / "corpus" / "part.parquet"}
+        )
+        recipe: Recipe = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, revision=revision))
+        (folder / "pinned").mkdir()
+        (folder / "pinned" / "corpus").symlink_to(folder / "world" / "corpus")
+        world = make_world(folder / "pinned", recipe)
+        store = HubStore(endpoint=hub.url, repo=REPO)
+        files = {name: world.store.read(world.base, name) for name in world.base.manifest.files}
+        base = store.publish(world.base.manifest, files)
+        spec = WorkerSpec(endpoint=hub.url, repo=REPO, token=None, run_id=world.parts.run_id, cache=folder / "cache")
+        replay = ReplayProcess(spec)
+        try:
+            yield Place(world=world, base=base, hub=hub, replay=replay, contribution=world.contribution(MINER))
+        finally:
+            replay.close()
+
+
+def test_it_judges_as_we_do_at_low_priority_and_on_one_thread(place: Place) -> None:
+    waited: list[int] = []
+    place.replay._on_wait = lambda: waited.append(1)
+    place.replay.begin_round(place.base, ROUND, lambda: True)
+    result = place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    assert result.fault is None, result
+    assert result.windows == WHOLE
+    assert result.distance is not None
+    assert result.distance < 1e-3
+    assert result.evidence == {"steps": place.contribution.steps}
+    assert waited  # the thread that waits is not blocked
+    assert place.replay.pid is not None
+    assert psutil.Process(place.replay.pid).nice() == 10
+
+
+def test_a_lie_is_a_lie_there_too(place: Place) -> None:
+    place.replay.begin_round(place.base, ROUND, lambda: True)
+    other = place.world.work(batches=place.world.bench.round_data(place.world.parts, ROUND, 1).batch)
+    cheat = place.world.contribution(MINER, work=other)
+    result = place.replay.judge(cheat.receipt, place.draw(), answer_of(cheat))
+    assert (result.fault, result.first_wrong_step) == (Fault.WRONG_REPLAY, 0)
+
+
+def test_one_that_stands_still_is_our_failure_and_the_next_one_takes_its_place(place: Place) -> None:
+    place.replay.begin_round(place.base, ROUND, lambda: True)
+    first = place.replay.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    place.replay._on_wait = lambda: os.kill(first, signal.SIGKILL)
+    with pytest.raises(ServiceError, match="died"):
+        place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    assert not psutil.pid_exists(first)
+    place.replay._on_wait = lambda: None
+    place.replay._in_time = lambda: False
+    with pytest.raises(ServiceError, match="not done in time"):
+        place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    assert place.replay.pid is None
+
+
+def test_a_run_that_it_cannot_open_is_our_failure(place: Place, tmp_path: Path) -> None:
+    replay = ReplayProcess(dataclasses.replace(place.replay._spec, run_id="00" * 32, cache=tmp_path))
+    try:
+        replay.begin_round(place.base, ROUND, lambda: True)
+        with pytest.raises(ServiceError, match="the replay failed here: IntegrityError"):
+            replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    finally:
+        replay.close()
+
+
+# -- explain and audit ----------------------------------------------------------------------------------------
+
+CHEAT, SILENT = identity("miner-2"), identity("miner-3")
+WRONG_FROM = 5
+
+
+@pytest.fixture(scope="module")
+def source(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Epoch 1 and its checks on the hub, and a copy: an honest miner, a cheat, and one that handed in nothing."""
+    world = place.world
+    mine, theirs = (world.bench.round_data(world.parts, ROUND, rank).batch for rank in (1, 2))
+    other_data = world.work(1, batches=lambda step: mine(step) if step < WRONG_FROM else theirs(step))
+    handed_in = {MINER.hotkey: place.contribution, CHEAT.hotkey: world.contribution(CHEAT, 1, work=other_data)}
+    judge = Judge(
+        parts=world.parts,
+        base=world.base,
+        state=world.state,
+        load_data=lambda rank: world.bench.round_data(world.parts, ROUND, rank),
+    )
+    scoring = world.parts.recipe.scoring
+    receipts = {hotkey: one.receipt for hotkey, one in handed_in.items()}
+    draws = {
+        hotkey: draw(
+            block_hash="0x5a",
+            validator=VALIDATOR.hotkey,
+            miner=hotkey,
+            coins=COINS,
+            num_snapshots=receipt.num_snapshots,
+            scoring=scoring,
+        )
+        for hotkey, receipt in receipts.items()
+    }
+    checks = {hotkey: judge.judge(receipts[hotkey], draws[hotkey], answer_of(one)) for hotkey, one in handed_in.items()}
+    average = MovingAverage(None, scoring)
+    everyone = [MINER.hotkey, CHEAT.hotkey, SILENT.hotkey]
+    facts = gather_facts(
+        miners=everyone,
+        collected=Collected(receipts=receipts, refused={SILENT.hotkey: "no receipt yet: training"}),
+        checks=checks,
+        seen=(),
+        average=average,
+        round_number=ROUND,
+    )
+    honest = facts[MINER.hotkey]
+    assert isinstance(honest, RoundFacts)
+    facts[MINER.hotkey] = dataclasses.replace(
+        honest, bandwidth=Bandwidth(size_bytes=5_000_000, seconds=3.0, in_time=True)
+    )
+    scores = score_facts(facts, scoring)
+    before = average.state
+    average.update(ROUND, scores, everyone)
+    record, files = build_record(
+        identity=VALIDATOR,
+        run_id=world.parts.run_id,
+        round_number=ROUND,
+        base=place.base,
+        block_hash="0x5a",
+        coins=COINS,
+        scoring=scoring,
+        facts=facts,
+        scores=scores,
+        receipts=receipts,
+        draws=draws,
+        owed=frozenset(),
+        before=before,
+        after=average.state,
+        registered=set(everyone),
+        shares=average.weights(),
+        previous="",
+    )
+    epoch = place.base.manifest.model_copy(
+        update={
+            "epoch": 1,
+            "round": ROUND,
+            "parent": place.base.manifest_sha256,
+            "files": {},
+            "members": (MINER.hotkey,),
+            "receipts": {MINER.hotkey: place.contribution.receipt.sha256()},
+            "nonce": "epoch-1-" + "0" * 8,
+        }
+    )
+    store = HubStore(endpoint=place.hub.url, repo=REPO)
+    store.publish(sign_manifest(epoch, VALIDATOR), {})
+    evidence = {evidence_path(ROUND, digest): content for digest, content in files.items()}
+    path = record_path(ROUND, VALIDATOR.hotkey)
+    store.publish_artefacts(REPO, CHECKS_BRANCH, {path: record.to_bytes(), **evidence})
+    copy = tmp_path_factory.mktemp("copy")
+    mirror(store, REPO, CHECKS_BRANCH, copy)
+    return open_source(dir=copy / "none", endpoint=place.hub.url, repo=REPO, copy=copy)
+
+
+def test_scores_are_explained_from_a_copy_of_the_hub(source: Source) -> None:
+    for miner, score in ((MINER, 0.7 + 0.3 * 8e-6 * 5_000_000 / 3 / 25), (CHEAT, 0.0), (SILENT, 0.0)):
+        found = explain(source, 1, miner.hotkey)
+        assert found.holds, found.lines()
+        assert found.words[0].recomputed == found.words[0].published == pytest.approx(score)
+    told = "\n".join(explain(source, 1, CHEAT.hotkey).lines())
+    assert f"step {WRONG_FROM}: its record says loss" in told
+    assert "no pay before round 9" in told
+    assert "no receipt yet: training" in "\n".join(explain(source, 1, SILENT.hotkey).lines())
+
+
+def test_an_audit_passes_the_honest_and_names_the_first_wrong_step_of_a_cheat(source: Source, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    honest = run_audit(source, 1, MINER.hotkey, cache=tmp_path, on_step=lambda *at: progress.append(at))
+    assert honest.verdict.honest, honest.lines()
+    assert progress[-1] == (8, 8)
+    cheat = run_audit(source, 1, CHEAT.hotkey, cache=tmp_path)
+    assert not cheat.verdict.honest
+    assert cheat.verdict.first_wrong_step == WRONG_FROM
+    with pytest.raises(HivetrainError, match="handed in no receipt"):
+        run_audit(source, 1, SILENT.hotkey, cache=tmp_path)
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(arguments))
+    if isinstance(done.exception, HivetrainError):
+        return main([*arguments]), str(done.exception)
+    return done.exit_code, done.output
+
+
+def test_the_commands_exit_as_they_should(source: Source, place: Place) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = str(source.store.folder)
+    where = ("--dir", copy + "/none", "--hub.endpoint", place.hub.url, "--hub.repo", REPO)
+    assert command("explain", "1", CHEAT.hotkey, *where)[0] == 0
+    status, text = command("explain", "1", MINER.hotkey, *where, "--from", copy, "--json")
+    assert (status, json.loads(text)["holds"]) == (0, True)
+    status, text = command("audit", "1", CHEAT.hotkey, *where, "--json")
+    assert (status, json.loads(text)["verdict"]["first_wrong_step"]) == (1, WRONG_FROM)
+    for words, expected in (
+        (("explain", "0", MINER.hotkey, *where), "epoch 0 is the genesis"),
+        (("explain", "7", MINER.hotkey, *where), "no epoch 7"),
+        (("explain", "1", "nobody", *where), "was no miner of epoch 1"),
+        (("explain", "1", MINER.hotkey, "--dir", copy), "no run in"),
+        (("explain", "1", MINER.hotkey, *where, "--from", copy + "/none"), "no folder"),
+        (("audit", "1", MINER.hotkey, "--dir", copy, "--from", copy), "name --hub.endpoint"),
+    ):
+        status, text = command(*words)
+        assert status == 2, text
+        assert expected in text
+
+
+def test_a_score_that_was_changed_is_found_and_a_forged_or_missing_record_is_an_error(
+    source: Source, tmp_path: Path
+) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    record = RoundRecord.model_validate_json(path.read_bytes())
+    miner = record.miners[MINER.hotkey]
+    assert miner.score is not None
+    worse = miner.model_copy(update={"score": miner.score.model_copy(update={"score": 0.5})})
+    lying = record.model_copy(update={"miners": {**record.miners, MINER.hotkey: worse}})
+    path.write_bytes(sign_record(lying, VALIDATOR).to_bytes())
+    elsewhere = ("--dir", str(copy / "none"), "--from", str(copy))
+    status, text = command("explain", "1", MINER.hotkey, *elsewhere)
+    assert (status, "DIFFERS: published 0.5" in text) == (1, True)
+    assert command("explain", "1", CHEAT.hotkey, *elsewhere)[0] == 0  # its own score holds
+    path.write_bytes(lying.to_bytes())
+    status, text = command("explain", "1", MINER.hotkey, *elsewhere)
+    assert (status, "forged" in text) == (1, True)
+    path.unlink()
+    status, text = command("explain", "1", MINER.hotkey, *elsewhere)
+    assert (status, "no validator has published any" in text) == (1, True)

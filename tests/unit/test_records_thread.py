@@ -1,0 +1,164 @@
+"""Publishing off the model's thread: an outage delays a record and loses nothing; two receipts come to light."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from hivetrain.errors import Fault, HubError
+from hivetrain.hub.memory import MemoryStore
+from hivetrain.scoring import CheckResult, RoundFacts, score_facts
+from hivetrain.scoring.published import read_records
+from hivetrain.scoring.record import CHECKS_BRANCH, evidence_path, record_path
+from template.validator import records as records_module
+from template.validator.records import RecordsThread
+from tests.keys import verify
+from tests.records_kit import FAST, MINERS, SCORING, SECOND, VALIDATOR, Ledger, base_ref, signed_receipt
+
+REPO = "run/model"
+THREE = MINERS[2].hotkey
+
+
+class Flaky(MemoryStore):
+    """A hub that answers only while it is up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_up = True
+        self.tried = threading.Event()
+
+    def publish_artefacts(self, repo: str, branch: str, files: Mapping[str, bytes]) -> str:
+        self.tried.set()
+        if not self.is_up:
+            raise HubError("the hub is down")
+        return super().publish_artefacts(repo, branch, files)
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def store() -> Flaky:
+    return Flaky()
+
+
+def thread_of(store: MemoryStore, folder: Path) -> RecordsThread:
+    return RecordsThread(store, REPO, folder, VALIDATOR.hotkey, verify)
+
+
+@pytest.fixture
+def records(store: Flaky, tmp_path: Path) -> Iterator[RecordsThread]:
+    thread = thread_of(store, tmp_path)
+    thread.start()
+    yield thread
+    thread.close()
+
+
+def published(store: MemoryStore) -> list[str]:
+    return store.list_artefacts(REPO, CHECKS_BRANCH, "checks")
+
+
+def test_a_record_and_its_evidence_lie_on_the_hub_in_one_commit(store: Flaky, records: RecordsThread) -> None:
+    ledger = Ledger()
+    opened = CheckResult(fault=Fault.WRONG_REPLAY, detail="x", evidence={"steps": b"\1\2"})
+    record = ledger.round(4, results={THREE: opened})
+    records.put(record, ledger.files[0])
+    until(lambda: len(published(store)) == 2, "the record was not published")
+    assert read_records(store, REPO, 4, verify) == ([record], {})
+    (proof,) = record.proofs
+    assert store.read_artefact(REPO, CHECKS_BRANCH, evidence_path(4, proof.sha256)) == b"\1\2"
+    assert (records.previous(4), records.previous(3)) == (record.sha256(), "")
+
+
+def test_an_outage_delays_records_and_the_next_one_brings_them_all(
+    store: Flaky, records: RecordsThread, tmp_path: Path
+) -> None:
+    ledger = Ledger()
+    store.is_up = False
+    records.put(ledger.round(0), {})
+    until(store.tried.is_set, "it was not tried")
+    assert published(store) == []
+    store.is_up = True
+    records.put(ledger.round(1), {})
+    until(lambda: len(published(store)) == 2, "both were not published")
+    until(lambda: not list(tmp_path.glob("round-*")), "what is published was not removed")
+
+
+def test_what_waits_survives_a_restart(store: Flaky, tmp_path: Path) -> None:
+    store.is_up = False
+    first = thread_of(store, tmp_path)
+    first.start()
+    first.put(Ledger().round(0), {})
+    first.close()
+    store.is_up = True
+    second = thread_of(store, tmp_path)
+    second.start()
+    until(lambda: published(store), "it was not published after the restart")
+    second.close()
+
+
+def test_a_thread_that_is_closed_uploads_what_was_put_last(store: Flaky, tmp_path: Path) -> None:
+    thread = thread_of(store, tmp_path)
+    thread.start()
+    thread.put(Ledger().round(0), {})
+    thread.close()
+    assert published(store) == [record_path(0, VALIDATOR.hotkey)]
+
+
+def test_only_the_newest_rounds_wait_for_a_hub_that_never_answers(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "MAX_PENDING", 2)
+    ledger, thread = Ledger(), thread_of(store, tmp_path)
+    for number in range(4):
+        thread.put(ledger.round(number), {})
+    thread.start()
+    thread.close()
+    assert [path.split("/")[1] for path in published(store)] == ["round-000002", "round-000003"]
+
+
+def test_a_disk_that_takes_nothing_costs_the_record_alone(store: Flaky, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    thread = thread_of(store, tmp_path / "file")  # a file where the folder should be
+    thread.put(Ledger().round(0), {})
+    assert thread.previous(0) == ""
+
+
+def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
+    store: Flaky, records: RecordsThread
+) -> None:
+    second = signed_receipt(MINERS[2], 0, base_ref(), loss=4.4)
+    ours, theirs = Ledger(), Ledger(SECOND)
+    mine, other = ours.round(0), theirs.round(0, receipts={THREE: second})
+    records.put(mine, {})
+    store.publish_artefacts(REPO, CHECKS_BRANCH, {record_path(0, SECOND.hotkey): other.to_bytes()})
+    assert records.double_commits(mine) == {}  # not read yet
+    records.look_at(0)
+    until(lambda: records.others(0), "the other's record was not read")
+    found = records.double_commits(mine)
+    assert list(found) == [THREE]
+    facts = {THREE: RoundFacts(tokens=1, checks=(found[THREE],), bandwidth=FAST)}
+    ours.average.update(1, score_facts(facts, SCORING), {one.hotkey for one in MINERS})
+    assert ours.average.cooldown_left(THREE, 2) == SCORING.cooldown_rounds
+    assert ours.average.value(THREE) == 0
+    assert records.double_commits(None) == {}
+
+
+def test_a_forged_record_accuses_nobody(store: Flaky, records: RecordsThread) -> None:
+    second = signed_receipt(MINERS[2], 0, base_ref(), loss=4.4)
+    mine, other = Ledger().round(0), Ledger(SECOND).round(0, receipts={THREE: second})
+    forged = other.model_copy(update={"coins": "ab" * 32}).to_bytes()
+    honest = Ledger(MINERS[0]).round(0)
+    files = {record_path(0, SECOND.hotkey): forged, record_path(0, honest.validator): honest.to_bytes()}
+    store.publish_artefacts(REPO, CHECKS_BRANCH, files)
+    records.look_at(0)
+    until(lambda: records.others(0), "the honest record was not read")
+    assert records.double_commits(mine) == {}
