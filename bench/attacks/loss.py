@@ -21,14 +21,13 @@ import torch
 
 from bench.attacks.catalogue import CATALOGUE, make_cheat
 from bench.attacks.cheat import Cheat
-from bench.attacks.pay import Average
 from bench.attacks.rounds import exchange, honest_keys, judge, make_scene, plan_group, publish
 from bench.attacks.world import VALIDATOR, World, make_world, tiny
 from bench.harness import at_most, report, table
 from bench.inmemory import Key
 from hivetrain.contribution import Contribution
 from hivetrain.manifest import Ref
-from hivetrain.scoring import CheckResult
+from hivetrain.scoring import CheckResult, MovingAverage
 from hivetrain.training.state import State
 from template.validator.collect import Collected
 from template.validator.publish import NotPublished
@@ -56,12 +55,12 @@ def run(world: World, names: Sequence[str], num_rounds: int) -> Trace:
     """One run of honest miners and these cheats, from genesis."""
     cheats = [make_cheat(name) for name in names]
     keys = honest_keys(HONEST + len(cheats))
-    average = Average(world.parts.recipe.scoring)
+    average = MovingAverage(None, world.parts.recipe.scoring)
     base, state, previous = world.genesis, world.state, None
     losses, refused, cheated = [base.manifest.val_loss], 0, 0
     for number in range(num_rounds):
         made = _contributions(world, keys, cheats, base, state, previous, number)
-        checks = _checks(world, made, cheats, keys, base, state, number)
+        checks = _checks(world, made, cheats, base, state, number, average)
         receipts = {key.hotkey: one.receipt for key, one in made.items()}
         weights = round_weights(receipts, checks, average, number)
         inside = {key: one for key, one in made.items() if weights[key.hotkey] > 0}
@@ -114,10 +113,10 @@ def _checks(
     world: World,
     made: dict[Key, Contribution],
     cheats: Sequence[Cheat],
-    keys: Sequence[Key],
     base: Ref,
     state: State,
     number: int,
+    average: MovingAverage,
 ) -> dict[str, CheckResult | None]:
     checks: dict[str, CheckResult | None] = {}
     for rank, (key, one) in enumerate(made.items()):
@@ -128,6 +127,7 @@ def _checks(
             coins=hashlib.sha256(f"coins {number}".encode()).digest(),
             num_snapshots=one.receipt.num_snapshots,
             scoring=world.parts.recipe.scoring,
+            owes=average.owes(key.hotkey),
         )
         if drawn.windows:
             answer = cheats[rank - HONEST].answer if rank >= HONEST else lambda _, reply: reply

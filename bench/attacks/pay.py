@@ -12,7 +12,6 @@ import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.attacks.cheat import Cheat
 from bench.attacks.rounds import CheatRound, Checks, HonestRound
@@ -24,16 +23,6 @@ from hivetrain.verification.receipt import Receipt
 from template.validator.collect import Collected
 from template.validator.reward import Seen, round_weights, score_miners
 from template.validator.verify import draw
-
-
-class Average(MovingAverage):
-    """A moving average that is kept in memory."""
-
-    def __init__(self, scoring: Scoring) -> None:
-        super().__init__(Path("/nonexistent"), scoring)
-
-    def _save(self) -> None:
-        """Thousands of plays: no file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +61,7 @@ class Done:
 
 def play(seed: int, scoring: Scoring, honest: Sequence[HonestRound], done: Done) -> Play:
     """Draw and pay one run."""
-    average, key = Average(scoring), done.hotkey
+    average, key = MovingAverage(None, scoring), done.hotkey
     hotkeys = [*(one.hotkey for one in honest[0].keys), key]
     paid = dict.fromkeys(hotkeys, 0.0)
     caught: int | None = None
@@ -89,7 +78,7 @@ def play(seed: int, scoring: Scoring, honest: Sequence[HonestRound], done: Done)
             receipts[key], found[key] = its.receipt, its.checks
         else:
             refused[key] = its.refused
-        checks, num_windows = _draw(seed, number, scoring, receipts, found)
+        checks, num_windows = _draw(seed, number, scoring, receipts, found, average)
         replayed += num_windows
         windows += sum(receipt.num_snapshots for receipt in receipts.values())
         is_in = its.seen is not None and round_weights(receipts, checks, average, number).get(key, 0.0) > 0
@@ -113,7 +102,12 @@ def play(seed: int, scoring: Scoring, honest: Sequence[HonestRound], done: Done)
 
 
 def _draw(
-    seed: int, number: int, scoring: Scoring, receipts: Mapping[str, Receipt], found: Mapping[str, Checks]
+    seed: int,
+    number: int,
+    scoring: Scoring,
+    receipts: Mapping[str, Receipt],
+    found: Mapping[str, Checks],
+    average: MovingAverage,
 ) -> tuple[dict[str, CheckResult | None], int]:
     """What the checks that are drawn in a round find, and how many windows they replay."""
     coins = hashlib.sha256(f"coins {seed} {number}".encode()).digest()
@@ -128,6 +122,7 @@ def _draw(
             coins=coins,
             num_snapshots=receipt.num_snapshots,
             scoring=scoring,
+            owes=average.owes(hotkey),
         )
         num_windows += len(drawn.windows)
         if drawn.windows:
