@@ -17,11 +17,11 @@ from bench.attacks.cheat import Cheat
 from bench.attacks.rounds import CheatRound, Checks, HonestRound
 from bench.attacks.world import VALIDATOR
 from hivetrain.run import Scoring
-from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
+from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored, score_facts
 from hivetrain.scoring import score as score_module
 from hivetrain.verification.receipt import Receipt
 from template.validator.collect import Collected
-from template.validator.reward import Seen, round_weights, score_miners
+from template.validator.reward import Seen, gather_facts, round_weights
 from template.validator.verify import draw
 
 
@@ -83,7 +83,8 @@ def play(seed: int, scoring: Scoring, honest: Sequence[HonestRound], done: Done)
         windows += sum(receipt.num_snapshots for receipt in receipts.values())
         is_in = its.seen is not None and round_weights(receipts, checks, average, number).get(key, 0.0) > 0
         seen: Seen = (its.seen if is_in and its.seen is not None else ours.seen,)
-        scores = _score(hotkeys, receipts, refused, checks, seen, average, number, scoring, done.cheat)
+        proven = its.proven if is_in else {}
+        scores = _score(hotkeys, receipts, refused, checks, seen, average, number, scoring, done.cheat, proven)
         average.update(number, scores, set(hotkeys))
         for hotkey, share in average.weights().items():
             paid[hotkey] += share
@@ -145,21 +146,23 @@ def _score(
     average: MovingAverage,
     number: int,
     scoring: Scoring,
-    cheat: Cheat | None,
+    cheat: Cheat,
+    proven: Mapping[str, CheckResult],
 ) -> dict[str, Score | Unscored]:
     limit = score_module.SMALL_BYTES
-    if cheat is not None and cheat.small_rates:
+    if cheat.small_rates:
         score_module.SMALL_BYTES = 0
     try:
-        return score_miners(
+        facts = gather_facts(
             miners=hotkeys,
             collected=Collected(receipts=dict(receipts), refused=dict(refused)),
             checks=checks,
             seen=seen,
             average=average,
             round_number=number,
-            scoring=scoring,
+            proven=proven,
         )
+        return score_facts(facts, scoring)
     finally:
         score_module.SMALL_BYTES = limit
 

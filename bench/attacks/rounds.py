@@ -13,7 +13,7 @@ import contextvars
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from bench.attacks.cheat import Cheat, Scene
@@ -41,6 +41,7 @@ from template.participant import Participation
 from template.protocol import Train, TrainReply
 from template.validator.lead import Led, make_plan
 from template.validator.publish import check_gates, publish_epoch
+from template.validator.records import proven_averages
 from template.validator.verify import Draw, Verifier
 
 DURATION_S = 60.0  # of virtual time, for an all-reduce
@@ -86,6 +87,7 @@ class CheatRound:
         refused: why.
         checks: per window.
         seen: the all-reduce with the cheat in it; None where it hands in no receipt.
+        proven: what that one proves to anybody.
     """
 
     key: Key
@@ -94,6 +96,7 @@ class CheatRound:
     refused: str
     checks: Checks
     seen: tuple[GroupPlan, AllReduceOutcome] | None
+    proven: Mapping[str, CheckResult] = field(default_factory=dict)
 
 
 class CountedRun:
@@ -206,14 +209,15 @@ def cheat_round(world: World, cheat: Cheat, honest: HonestRound) -> CheatRound:
     plan = plan_group(world, honest.number, receipts, {key.hotkey: mine})
     payloads = {one: made.payload for one, made in zip(honest.keys, honest.contributions, strict=True)}
     payloads[key] = cheat.bring(contribution)
-    outcomes = exchange(plan, payloads, cheat=cheat, cheater=key)
+    seen = plan, exchange(plan, payloads, cheat=cheat, cheater=key)[VALIDATOR.hotkey]
     return CheatRound(
         key=key,
         work_done=done,
         receipt=receipt,
         refused="",
         checks=checks,
-        seen=(plan, outcomes[VALIDATOR.hotkey]),
+        seen=seen,
+        proven=proven_averages([seen], verify),
     )
 
 
