@@ -22,6 +22,8 @@ import torch
 
 from bench.attacks.catalogue import CATALOGUE, make_cheat
 from bench.attacks.cheat import Cheat, Kind
+from bench.attacks.miner import IN_THE_NETWORK
+from bench.attacks.network import run_all
 from bench.attacks.outside import OUTSIDE
 from bench.attacks.pay import Done, evidence, found_within, pay, with_share
 from bench.attacks.rounds import HonestRound, cheat_round, honest_rounds
@@ -212,13 +214,12 @@ def main() -> int:
     options = _options()
     logging.disable(logging.ERROR)  # a cheat's faults are what is measured
     torch.set_num_threads(1)
-    names = options.only or (QUICK if options.quick else tuple(CATALOGUE))
-    unknown = sorted(set(names) - set(CATALOGUE))
+    known = (*CATALOGUE, *IN_THE_NETWORK) if options.network else tuple(CATALOGUE)
+    names = options.only or (QUICK if options.quick else known)
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"no attack {unknown[0]!r}; there are: {', '.join(CATALOGUE)}")
+        raise SystemExit(f"no attack {unknown[0]!r}; there are: {', '.join(known)}")
     if options.network:
-        from bench.attacks.network import run_all
-
         return run_all(names, options.keep, options.json)
     with tempfile.TemporaryDirectory(prefix="hivetrain-attacks-") as folder:
         world = make_world(Path(folder), TINY)

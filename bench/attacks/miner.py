@@ -20,13 +20,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from bench.attacks.catalogue import CATALOGUE, make_cheat
+from bench.attacks.catalogue import CATALOGUE
+from bench.attacks.catalogue import make_cheat as make_listed
 from bench.attacks.cheat import Cheat, Scene
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.transport import Transport
 from hivetrain.contribution import Contribution
 from hivetrain.data.reader import RoundData
-from hivetrain.errors import ServiceError
+from hivetrain.errors import HivetrainError, ServiceError
+from hivetrain.manifest import Ref
+from hivetrain.progress import Position
 from hivetrain.training.inner import Batches, RoundWork, StepReport
 from hivetrain.training.state import State
 from neurons.main import run_neuron
@@ -36,9 +39,56 @@ from template.axon import Caller
 from template.chain.keys import verify
 from template.handlers import Handlers
 from template.participant import Participation
-from template.protocol import Train, TrainReply
+from template.protocol import AllReduce, Train, TrainReply
+from template.validator.collect import address_of
+from template.validator.publish import file_entries, sign_manifest
 
 logger = logging.getLogger(__name__)
+
+MEDDLE_TIMEOUT_S = 3.0
+
+
+class CallsWithoutPermit(Cheat):
+    """Honest work; calls every miner to an all-reduce of its own in every round."""
+
+    def meddle(self, miner: CheatingMiner) -> None:
+        """Say what the others answer."""
+        others = [address_of(one) for one in miner.miners(miner.position.round_start) if one.uid != miner.uid]
+        report = miner.board.report
+        synapse = AllReduce(
+            run_id=miner.run_id, round=report.round, attempt=0, plan=b"", base_manifest=report.base_manifest
+        )
+        calls = miner.dendrite.call_many(others, synapse, timeout_s=MEDDLE_TIMEOUT_S)
+        for reply in miner.network.run(calls, MEDDLE_TIMEOUT_S + 5):
+            logger.info("called %s to an all-reduce: %s", reply.hotkey[:8], reply.detail or reply.reply)
+
+
+class TagsTheNextEpoch(Cheat):
+    """Honest work; tags the next epoch at the hub before its leader does, and stands for it on chain."""
+
+    def meddle(self, miner: CheatingMiner) -> None:
+        """Publish what nobody computed."""
+        assert miner.held is not None
+        base = miner.held.ref
+        files = {"adapter.safetensors": b"nobody computed this"}
+        manifest = base.manifest.model_copy(
+            update={"epoch": base.epoch + 1, "files": file_entries(files), "leader": miner.identity.hotkey}
+        )
+        ref = miner.store.publish(sign_manifest(manifest, miner.identity), files)
+        miner.announce(ref.epoch, ref.manifest_sha256)
+        logger.info("tagged epoch %d", ref.epoch)
+
+
+IN_THE_NETWORK: dict[str, Callable[[str], CallsWithoutPermit | TagsTheNextEpoch]] = {
+    "no-permit": lambda name: CallsWithoutPermit(name, "calls every miner to an all-reduce without a permit"),
+    "stolen-token": lambda name: TagsTheNextEpoch(name, "tags the next epoch at the hub before its leader does"),
+}
+"""What a miner can do only where there is a hub and a chain."""
+
+
+def make_cheat(name: str) -> Cheat:
+    """A fresh cheat of that name, of the catalogue or of the network; raises as `catalogue.make_cheat`."""
+    return IN_THE_NETWORK[name](name) if name in IN_THE_NETWORK else make_listed(name)
 
 
 class BentHandlers(Handlers):
@@ -80,6 +130,15 @@ class CheatingMiner(Miner):
         self._seen: list[State] = []
         super().start()
         logger.info("this miner cheats: %s (%s)", self.cheat.what, self.cheat.name)
+
+    def begin_round(self, position: Position, base: Ref) -> None:
+        """As every neuron does; then whatever the cheat does to the run itself."""
+        super().begin_round(position, base)
+        if isinstance(self.cheat, CallsWithoutPermit | TagsTheNextEpoch):
+            try:
+                self.cheat.meddle(self)
+            except HivetrainError as exc:
+                logger.info("the attack failed: %s", exc)
 
     def make_handlers(self) -> Handlers:
         """Handlers that answer as the cheat does."""
@@ -181,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     """``--names`` lists the attacks; ``--attack NAME`` and a miner's flags run one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--names" in arguments:
-        print("\n".join(f"{name}\t{make_cheat(name).what}" for name in CATALOGUE))
+        print("\n".join(f"{name}\t{make_cheat(name).what}" for name in (*CATALOGUE, *IN_THE_NETWORK)))
         return 0
     try:
         place = arguments.index("--attack")

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.attacks.catalogue import make_cheat
 from bench.attacks.cheat import Kind
+from bench.attacks.miner import make_cheat
 from bench.harness import Claim, at_least, at_most, report, table
 
 NUM_EPOCHS = 3

@@ -13,6 +13,7 @@ from bench.attacks.__main__ import Row, claims_of, rows_of
 from bench.attacks.catalogue import CATALOGUE, make_cheat
 from bench.attacks.cheat import Cheat, Kind
 from bench.attacks.cost import chance
+from bench.attacks.miner import IN_THE_NETWORK
 from bench.attacks.miner import main as cheating_miner
 from bench.attacks.outside import OUTSIDE, Outside
 from bench.attacks.pay import Done, pay, play, worst
@@ -211,7 +212,7 @@ def test_an_honest_miner_on_another_machine_passes(world: World, variant: Varian
 
 def test_a_cheating_miner_needs_a_name_that_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cheating_miner(["--names"]) == 0
-    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == list(CATALOGUE)
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [*CATALOGUE, *IN_THE_NETWORK]
     assert cheating_miner([]) == 2
     assert cheating_miner(["--attack", "teleport", "--netuid", "1"]) == 2
     assert "no attack 'teleport'" in capsys.readouterr().err
