@@ -70,6 +70,7 @@ class LeadingNeuron(Neuron):
         self._resting: dict[str, int] = {}  # until which round a member reduces nothing, for it left a part undone
         self._links = LinkBook()
         self._peer_owners: dict[str, str] = {}  # who was the first to announce a libp2p peer as its own
+        self._doubted: set[tuple[str, str]] = set()  # peers and hotkeys of those who did not come as announced
 
     def start(self) -> None:
         """Open everything, as `Node.start`, and read the averages."""
@@ -81,7 +82,8 @@ class LeadingNeuron(Neuron):
         """Read what everyone has committed, as `Neuron.read_anchors`; and remember who announced which peer first."""
         found = super().read_anchors()
         registered = {neuron.hotkey for neuron in self.metagraph.neurons}
-        self._peer_owners = first_owners(self._peer_owners, self.anchors, registered)
+        self._doubted = {pair for pair in self._doubted if pair[1] in registered}
+        self._peer_owners = first_owners(self._peer_owners, self.anchors, registered, self._doubted)
         return found
 
     def average_group(self, position: Position, base: Ref, notes: RoundNotes) -> None:
@@ -241,6 +243,13 @@ class LeadingNeuron(Neuron):
         if outcome is None:
             return
         self._links.note(outcome.links)
+        for member in exchange.plan.members:
+            pair = (member.peer_id, member.hotkey)
+            if outcome.included.get(member.hotkey, 0.0) > 0:  # it has proved who it is
+                self._doubted.discard(pair)
+                self._peer_owners[member.peer_id] = member.hotkey
+            elif member.sends:
+                self._doubted.add(pair)
         undone = left_undone(exchange.plan, outcome) - {self.identity.hotkey}
         self._resting.update(dict.fromkeys(undone, exchange.plan.round + 1 + REST_ROUNDS))
 

@@ -95,19 +95,25 @@ def parse_anchors(commitments: Mapping[str, ChainCommitment]) -> dict[str, tuple
 
 
 def first_owners(
-    known: Mapping[str, str], anchors: Mapping[str, tuple[int, Anchor]], registered: Collection[str]
+    known: Mapping[str, str],
+    anchors: Mapping[str, tuple[int, Anchor]],
+    registered: Collection[str],
+    doubted: Collection[tuple[str, str]] = (),
 ) -> dict[str, str]:
     """``peer id -> hotkey`` of who was the first to announce it, among those registered now.
 
-    A peer is bound to a hotkey only by a handshake, so anybody can announce another's; the first one owns it.
+    A peer is bound to a hotkey only by a handshake, so anybody can announce another's. The first one owns it, unless
+    it did not come to an all-reduce as that peer, and somebody else announces it too.
 
     Args:
         known: from the last time; it stands.
+        doubted: (peer id, hotkey) of those who did not come.
     """
-    owners = {peer: hotkey for peer, hotkey in known.items() if hotkey in registered}
-    for hotkey, (_, anchor) in sorted(anchors.items(), key=lambda one: (one[1][0], one[0])):
-        if anchor.peer_id and hotkey in registered:
-            owners.setdefault(anchor.peer_id, hotkey)
+    owners = {p: hotkey for p, hotkey in known.items() if hotkey in registered and (p, hotkey) not in doubted}
+    claims = [(anchor.peer_id, hotkey, block) for hotkey, (block, anchor) in anchors.items() if hotkey in registered]
+    for peer, hotkey, _ in sorted(claims, key=lambda one: ((one[0], one[1]) in doubted, one[2], one[1])):
+        if peer:
+            owners.setdefault(peer, hotkey)
     return owners
 
 

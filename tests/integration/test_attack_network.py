@@ -10,7 +10,7 @@ from network_kit import SMALL_RECIPE, processes_of, running_up, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RECIPE = SMALL_RECIPE + "[scoring]\ncheck_share = 1.0\n"
+RECIPE = SMALL_RECIPE + "check_share = 1.0\n"  # its last table is that of the scores
 
 
 def test_who_hands_in_noise_is_paid_nothing_beside_two_honest_miners(tmp_path: Path) -> None:
@@ -19,8 +19,8 @@ def test_who_hands_in_noise_is_paid_nothing_beside_two_honest_miners(tmp_path: P
     flags = ["--attack", "random", "--epochs", "2", "--no-dashboard", "--tracker", "none", "--block-time", "0.5"]
     with running_up(folder, "--recipe", str(recipe), "--json", str(out), *flags) as up:
         until(lambda: up.process.poll() is not None, "the end of `up --attack random`", 300)
+        print(up.text)
         honest = {up.hotkey("miner-1"), up.hotkey("miner-2")}
-    print(up.text)
     assert up.process.returncode == 0, up.text
     report = json.loads(out.read_text())
     assert (report["ok"], report["failed"]) == (True, [])

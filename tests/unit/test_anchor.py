@@ -302,3 +302,12 @@ def test_a_peer_of_a_hotkey_that_left_can_be_announced_by_another() -> None:
 
 def test_who_announces_no_peer_owns_none() -> None:
     assert first_owners({}, {"shy": (1, Anchor())}, {"shy"}) == {}
+
+
+def test_who_did_not_come_as_the_peer_that_it_announced_gives_way_to_who_announces_it_too() -> None:
+    both = {"aaa": (1, Anchor(peer_id="12D3")), "zzz": (1, Anchor(peer_id="12D3"))}
+    assert first_owners({}, both, {"aaa", "zzz"}) == {"12D3": "aaa"}  # of one block: somebody has to be first
+    assert first_owners({"12D3": "aaa"}, both, {"aaa", "zzz"}, {("12D3", "aaa")}) == {"12D3": "zzz"}
+    # Where nobody else announces it, one absence changes nothing.
+    alone = {"aaa": (1, Anchor(peer_id="12D3"))}
+    assert first_owners({"12D3": "aaa"}, alone, {"aaa"}, {("12D3", "aaa")}) == {"12D3": "aaa"}
