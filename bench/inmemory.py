@@ -24,7 +24,7 @@ ROUND_S = 60.0  # of virtual time
 
 def butterfly(layout: PayloadLayout, payloads: Sequence[bytes], number: int) -> list[AllReduceOutcome]:
     """A real all-reduce of ``payloads`` between members of equal weight, over memory and in virtual time."""
-    keys = [_Key(place + 1) for place in range(len(payloads))]
+    keys = [Key(place + 1) for place in range(len(payloads))]
     members = tuple(
         Member(
             hotkey=key.hotkey,
@@ -55,7 +55,7 @@ def butterfly(layout: PayloadLayout, payloads: Sequence[bytes], number: int) -> 
             await transport.start()
         try:
             rounds = zip(keys, payloads, transports, strict=True)
-            return await asyncio.gather(*(all_reduce(plan, k, p, t, _verify) for k, p, t in rounds))
+            return await asyncio.gather(*(all_reduce(plan, k, p, t, verify) for k, p, t in rounds))
         finally:
             for transport in transports:
                 await transport.close()
@@ -68,7 +68,7 @@ def mean_traffic(outcomes: Iterable[AllReduceOutcome]) -> float:
     return statistics.fmean(outcome.bytes_sent + outcome.bytes_received for outcome in outcomes)
 
 
-class _Key:
+class Key:
     """An Ed25519 identity."""
 
     def __init__(self, seed: int) -> None:
@@ -76,10 +76,12 @@ class _Key:
         self.hotkey = self._key.public_key().public_bytes_raw().hex()
 
     def sign(self, message: bytes) -> bytes:
+        """See `hivetrain.identity.Identity`."""
         return self._key.sign(message)
 
 
-def _verify(hotkey: str, message: bytes, signature: bytes) -> bool:
+def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
+    """Whether that `Key` signed that message."""
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
     except (InvalidSignature, ValueError):

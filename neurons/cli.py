@@ -59,13 +59,18 @@ def up(
     timeout: Annotated[
         float | None, typer.Option(help="seconds after which to stop; default: none or generous")
     ] = None,
+    attack: Annotated[
+        str, typer.Option(help="let the last miner cheat: a name of bench/attacks; an unknown one lists them")
+    ] = "",
 ) -> None:
     """Run a whole network on this machine: chain, hub, dashboard, miners and validators."""
-    from neurons.plan import UpOptions, local_recipe
+    from neurons.plan import UpOptions, check_attack, local_recipe
     from neurons.up import run_up
 
     if recipe is not None:
         local_recipe(recipe)
+    if attack:
+        check_attack(attack)
     options = UpOptions(
         dir=dir.expanduser().absolute(),
         num_miners=miners,
@@ -81,6 +86,7 @@ def up(
         device=device,
         min_loss_drop=min_loss_drop,
         timeout_s=timeout,
+        attack=attack,
     )
     raise typer.Exit(run_up(options))
 

@@ -17,7 +17,7 @@ from hivetrain.progress import Phase, Position, phase_window
 from hivetrain.scoring import CheckResult, MovingAverage
 from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Receipt
-from template.anchor import candidates
+from template.anchor import Candidate, candidates, first_owners
 from template.chain.client import NeuronInfo
 from template.chain.keys import verify
 from template.config import NeuronConfig, Secrets
@@ -69,12 +69,22 @@ class LeadingNeuron(Neuron):
         super().__init__(config, secrets)
         self._resting: dict[str, int] = {}  # until which round a member reduces nothing, for it left a part undone
         self._links = LinkBook()
+        self._peer_owners: dict[str, str] = {}  # who was the first to announce a libp2p peer as its own
+        self._doubted: set[tuple[str, str]] = set()  # peers and hotkeys of those who did not come as announced
 
     def start(self) -> None:
         """Open everything, as `Node.start`, and read the averages."""
         super().start()
         self.average = MovingAverage(self.config.state_dir / "averages.json", self.recipe.scoring)
         self.average.load()
+
+    def read_anchors(self) -> list[Candidate]:
+        """Read what everyone has committed, as `Neuron.read_anchors`; and remember who announced which peer first."""
+        found = super().read_anchors()
+        registered = {neuron.hotkey for neuron in self.metagraph.neurons}
+        self._doubted = {pair for pair in self._doubted if pair[1] in registered}
+        self._peer_owners = first_owners(self._peer_owners, self.anchors, registered, self._doubted)
+        return found
 
     def average_group(self, position: Position, base: Ref, notes: RoundNotes) -> None:
         """Lead the all-reduce and publish, or sit in it and stand by: where a leader is silent, the next one leads.
@@ -206,6 +216,7 @@ class LeadingNeuron(Neuron):
             sitting=self._awake(order, position.round),
             resting={hotkey for hotkey, until in self._resting.items() if position.round < until},
             shares=self._links.shares(),
+            owners=self._peer_owners,
             anchors={hotkey: anchor for hotkey, (_, anchor) in self.anchors.items()},
             duration_s=duration_s,
         )
@@ -237,6 +248,13 @@ class LeadingNeuron(Neuron):
         if outcome is None:
             return
         self._links.note(outcome.links)
+        for member in exchange.plan.members:
+            pair = (member.peer_id, member.hotkey)
+            if outcome.included.get(member.hotkey, 0.0) > 0:  # it has proved who it is
+                self._doubted.discard(pair)
+                self._peer_owners[member.peer_id] = member.hotkey
+            elif member.sends:
+                self._doubted.add(pair)
         undone = left_undone(exchange.plan, outcome) - {self.identity.hotkey}
         self._resting.update(dict.fromkeys(undone, exchange.plan.round + 1 + REST_ROUNDS))
 

@@ -16,14 +16,17 @@ if __package__ in (None, ""):  # run as a script: make the checkout importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import logging
+from collections.abc import Callable
 
 from hivetrain.averaging.feedback import Feedback
 from hivetrain.contribution import Contribution, build_contribution
 from hivetrain.data.assignment import NoSlot
+from hivetrain.data.reader import RoundData
 from hivetrain.errors import ServiceError
 from hivetrain.progress import Phase, Position, phase_window
 from hivetrain.tracking import metrics
-from hivetrain.training.inner import StepReport, TrainingDiverged
+from hivetrain.training.inner import RoundWork, StepReport, TrainingDiverged
+from hivetrain.training.state import State
 from neurons.main import run_neuron
 from template.neuron import Neuron
 
@@ -88,7 +91,7 @@ class Miner(Neuron):
             self._say("waiting", "registered during this round, trains from the next")
             return None
         try:
-            data = self.bench.round_data(self.parts, position.round, rank)
+            data = self.load_data(position.round, rank)
         except NoSlot as exc:
             self._say("waiting", str(exc))
             return None
@@ -117,12 +120,12 @@ class Miner(Neuron):
             )
 
         try:
-            work = self.parts.loop.run(
+            work = self.do_steps(
                 state,
-                data.batch,
-                num_steps=num_steps,
-                should_stop=lambda: self.stopping.is_set() or self.blocks.block >= deadline,
-                on_step=on_step,
+                data,
+                num_steps,
+                lambda: self.stopping.is_set() or self.blocks.block >= deadline,
+                on_step,
             )
         except TrainingDiverged as exc:
             logger.error("round %d: %s", position.round, exc)
@@ -138,16 +141,38 @@ class Miner(Neuron):
             work.losses[0],
             work.losses[-1],
         )
+        return self.contribute(position.round, rank, data, work)
+
+    # -- the steps of `train`, each of which a subclass may replace ----------------------------------------
+
+    def load_data(self, round_number: int, rank: int) -> RoundData:
+        """The tokens that the round assigns to ``rank``; raises as `Workbench.round_data`."""
+        return self.bench.round_data(self.parts, round_number, rank)
+
+    def do_steps(
+        self,
+        state: State,
+        data: RoundData,
+        num_steps: int,
+        should_stop: Callable[[], bool],
+        on_step: Callable[[StepReport], None],
+    ) -> RoundWork:
+        """Up to ``num_steps`` inner steps on the assigned data; raises as `InnerLoop.run`."""
+        return self.parts.loop.run(state, data.batch, num_steps=num_steps, should_stop=should_stop, on_step=on_step)
+
+    def contribute(self, round_number: int, rank: int, data: RoundData, work: RoundWork) -> Contribution:
+        """What is committed of ``work``."""
+        assert self.held is not None
         return build_contribution(
             parts=self.parts,
-            base=base,
-            start=state,
+            base=self.held.ref,
+            start=self.held.state,
             work=work,
             data=data,
-            round_number=position.round,
+            round_number=round_number,
             rank=rank,
             identity=self.identity,
-            remainder=self.feedback.remainder(base.manifest),
+            remainder=self.feedback.remainder(self.held.ref.manifest),
         )
 
 

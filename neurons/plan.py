@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from hivetrain.supervisor import ProcessSpec
 from neurons.report import Genesis, Member, Results
 
 HOST = "127.0.0.1"
+CHEAT_SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "attacks" / "miner.py"
+"""A miner that cheats: beside this package in a checkout, and in no wheel."""
 MARKER = "hivetrain.dir"
 """A file in every folder that `up` made: `--fresh` deletes no other folder."""
 
@@ -47,6 +50,7 @@ class UpOptions:
     device: str = "auto"
     min_loss_drop: float = 0.0
     timeout_s: float | None = None
+    attack: str = ""  # a cheat of bench/attacks; the last miner runs it
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_miners <= 64:
@@ -65,6 +69,10 @@ class UpOptions:
             raise ConfigError(f"--json: no folder {self.json_path.absolute().parent}")
         if self.recipe is not None and not self.recipe.is_file():
             raise ConfigError(f"--recipe: no file {self.recipe}")
+        if self.attack and self.num_miners < 2:
+            raise ConfigError(
+                f"--attack needs honest miners beside the cheat: --miners of at least 2, got {self.num_miners}"
+            )
 
     @property
     def deadline_s(self) -> float | None:
@@ -72,6 +80,11 @@ class UpOptions:
         if self.timeout_s is not None or self.num_epochs is None:
             return self.timeout_s
         return max(900.0, 600.0 * self.num_epochs)
+
+    @property
+    def cheat_name(self) -> str:
+        """The miner that cheats, "" where none does."""
+        return f"miner-{self.num_miners}" if self.attack else ""
 
     @property
     def neuron_names(self) -> list[str]:
@@ -241,6 +254,22 @@ def child_env(options: UpOptions) -> dict[str, str]:
     }
 
 
+def check_attack(name: str) -> None:
+    """Check that there is a cheat of that name.
+
+    Raises:
+        ConfigError: there is none, or this is no checkout; says which there are.
+    """
+    if not CHEAT_SCRIPT.is_file():
+        raise ConfigError(f"--attack runs only from a checkout of the repository: there is no {CHEAT_SCRIPT}")
+    listed = subprocess.run([sys.executable, "-P", str(CHEAT_SCRIPT), "--names"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        raise ConfigError(f"--attack: {CHEAT_SCRIPT} --names failed: {listed.stderr.strip()[-500:]}")
+    known = [line.split("\t")[0] for line in listed.stdout.splitlines()]
+    if name not in known:
+        raise ConfigError(f"--attack: no attack {name!r}; there are: {', '.join(known)}")
+
+
 def local_recipe(path: Path) -> Recipe:
     """The recipe of a run that genesis makes on this machine.
 
@@ -277,6 +306,8 @@ def make_plan(options: UpOptions, ports: Mapping[str, int]) -> Plan:
     def neuron(member: Member, genesis: Genesis) -> ProcessSpec:
         script = str(Path(__file__).with_name(f"{member.role}.py"))
         flags = neuron_flags(options, member, genesis, axon_port=ports[member.name])
+        if member.name == options.cheat_name:
+            script, flags = str(CHEAT_SCRIPT), ["--attack", options.attack, *flags]
         status = folder / "status" / f"{member.name}.json"
         return spec(member.name, script, *flags, ready=lambda: (s := read_status(status)) is not None and s.ready)
 

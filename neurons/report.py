@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hivetrain.errors import HubError, ServiceError
 from hivetrain.manifest import Manifest, epoch_tag
 from hivetrain.run import HubPolicy
+from hivetrain.tracking.events import EventReader
 from hivetrain.tracking.status import NeuronStatus
 
 if TYPE_CHECKING:
     from hivetrain.hub.client import HubStore
     from template.chain.client import NeuronInfo
+
+
+_SHARE = re.compile(r"\b(\d+):([0-9.]+)")
+"""One weight in the words of a ``set_weights`` event: ``weights 1:0.500 2:0.500``."""
 
 
 class _Record(BaseModel):
@@ -92,6 +98,10 @@ class Results(Protocol):
         """The first validator's newest score per hotkey."""
         ...
 
+    def paid(self) -> dict[str, float]:
+        """The weights that the first validator has set per hotkey, summed over the rounds."""
+        ...
+
     def states(self, name: str) -> list[StateLine]:
         """The states that the miner called ``name`` held."""
         ...
@@ -116,6 +126,26 @@ class EpochReport(_Record):
     allreduce: AllReduceReport
 
 
+class AttackReport(_Record):
+    """What a cheat got for it.
+
+    Attributes:
+        pay: the weights it was given, summed over the rounds, over an honest miner's; None: nobody has been paid yet.
+        weight: the same of the newest weights on chain.
+    """
+
+    name: str
+    member: str
+    hotkey: str
+    pay: float | None
+    weight: float | None
+
+    def in_words(self) -> str:
+        """``attack random: miner-3 was paid 0.04 of an honest miner's pay``."""
+        paid = "nobody has been paid yet" if self.pay is None else f"was paid {self.pay:.2f} of an honest miner's pay"
+        return f"attack {self.name}: {self.member} {paid}"
+
+
 class Report(_Record):
     """What `--json` writes."""
 
@@ -127,11 +157,12 @@ class Report(_Record):
     scores: dict[str, Score]
     weights: dict[str, float]
     seconds: dict[str, float] = Field(default_factory=dict)
+    attack: AttackReport | None = None
     settled: bool = Field(default=True, exclude=True)  # what failed does not mend itself by waiting
 
     def to_json(self) -> str:
-        """Indented JSON; a number that is not finite is written as null."""
-        return self.model_dump_json(indent=2) + "\n"
+        """Indented JSON; a number that is not finite is written as null. ``attack`` is there only where one ran."""
+        return self.model_dump_json(indent=2, exclude={"attack"} if self.attack is None else None) + "\n"
 
     def summary(self, num_epochs: int) -> str:
         """``3/3 epochs published · val loss 6.95 -> 4.34 · weights set``."""
@@ -139,6 +170,8 @@ class Report(_Record):
         if self.val_loss_before is not None and self.val_loss_after is not None:
             parts.append(f"val loss {self.val_loss_before:.3f} -> {self.val_loss_after:.3f}")
         parts.append("weights set" if any(weight > 0 for weight in self.weights.values()) else "no weights set")
+        if self.attack is not None:
+            parts.append(self.attack.in_words())
         return " · ".join(parts)
 
 
@@ -151,6 +184,8 @@ def make_report(
     num_epochs: int,
     min_loss_drop: float = 0.0,
     seconds: Mapping[str, float] | None = None,
+    attack: str = "",
+    cheat: Member | None = None,
 ) -> Report:
     """Judge the first ``num_epochs`` epochs published after ``base_epoch``.
 
@@ -159,6 +194,7 @@ def make_report(
         validators: those that must have set weights.
         base_epoch: the newest epoch when the run started.
         min_loss_drop: nats per token by which the held-out loss must have fallen; 0: at all.
+        attack, cheat: who is not among ``miners`` because it cheats, and how.
 
     Raises:
         ServiceError: hub or chain did not answer.
@@ -190,6 +226,23 @@ def make_report(
         scores=scores,
         weights=weights,
         seconds={name: round(value, 3) for name, value in (seconds or {}).items()},
+        attack=_attack_report(results, weights, miners, attack, cheat) if cheat is not None else None,
+    )
+
+
+def _attack_report(
+    results: Results, weights: Mapping[str, float], honest: Sequence[Member], attack: str, cheat: Member
+) -> AttackReport:
+    def over_honest(table: Mapping[str, float]) -> float | None:
+        theirs = sum(table.get(miner.ss58, 0.0) for miner in honest) / len(honest)
+        return table.get(cheat.ss58, 0.0) / theirs if theirs > 0 else None
+
+    return AttackReport(
+        name=attack,
+        member=cheat.name,
+        hotkey=cheat.ss58,
+        pay=over_honest(results.paid()),
+        weight=over_honest(weights),
     )
 
 
@@ -328,6 +381,17 @@ class LiveResults:
             if member.role == "validator" and path.exists():
                 return read_scores(path)
         return {}
+
+    def paid(self) -> dict[str, float]:
+        """See `Results`."""
+        neurons, _ = self._weights_on_chain()
+        validators = [member.name for member in self._genesis.wallets if member.role == "validator"]
+        totals: dict[int, float] = {}
+        for event in EventReader(self._folder / "events.jsonl", max_bytes=1 << 30).read_new():
+            if event.event == "set_weights" and event.name == validators[0]:
+                for uid, share in _SHARE.findall(event.text):
+                    totals[int(uid)] = totals.get(int(uid), 0.0) + float(share)
+        return {neuron.hotkey: totals.get(neuron.uid, 0.0) for neuron in neurons}
 
     def states(self, name: str) -> list[StateLine]:
         """See `Results`."""

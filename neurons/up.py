@@ -190,13 +190,15 @@ class Network:
         validators = [member for member in members if member.role == "validator"]
         return make_report(
             results,
-            [member for member in members if member.role == "miner"],
+            [member for member in members if member.role == "miner" and member.name != self._options.cheat_name],
             # Of more validators than sit in one all-reduce, some may not have measured anybody yet.
             validators=validators if len(validators) <= MAX_SITTING else (),
             base_epoch=self._base_epoch,
             num_epochs=self._options.num_epochs,
             min_loss_drop=self._options.min_loss_drop,
             seconds=self._seconds,
+            attack=self._options.attack,
+            cheat=next((member for member in members if member.name == self._options.cheat_name), None),
         )
 
     def _raise_if_given_up(self) -> None:

@@ -6,7 +6,7 @@ anchored by a permitted validator before the round's first block, so no two node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -92,6 +92,29 @@ def parse_anchors(commitments: Mapping[str, ChainCommitment]) -> dict[str, tuple
         except PeerFault:
             continue  # a stranger's commitment of another kind is nobody's fault
     return anchors
+
+
+def first_owners(
+    known: Mapping[str, str],
+    anchors: Mapping[str, tuple[int, Anchor]],
+    registered: Collection[str],
+    doubted: Collection[tuple[str, str]] = (),
+) -> dict[str, str]:
+    """``peer id -> hotkey`` of who was the first to announce it, among those registered now.
+
+    A peer is bound to a hotkey only by a handshake, so anybody can announce another's. The first one owns it, unless
+    it did not come to an all-reduce as that peer, and somebody else announces it too.
+
+    Args:
+        known: from the last time; it stands.
+        doubted: (peer id, hotkey) of those who did not come.
+    """
+    owners = {p: hotkey for p, hotkey in known.items() if hotkey in registered and (p, hotkey) not in doubted}
+    claims = [(anchor.peer_id, hotkey, block) for hotkey, (block, anchor) in anchors.items() if hotkey in registered]
+    for peer, hotkey, _ in sorted(claims, key=lambda one: ((one[0], one[1]) in doubted, one[2], one[1])):
+        if peer:
+            owners.setdefault(peer, hotkey)
+    return owners
 
 
 def voted_run(anchors: Mapping[str, tuple[int, Anchor]], stakes: Mapping[str, float]) -> tuple[str, str] | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hivetrain.averaging.group import GroupPlan
+from hivetrain.averaging.transport import Transport
 from hivetrain.contribution import Contribution
 from hivetrain.errors import ServiceError
 from hivetrain.manifest import Manifest, Ref
@@ -252,7 +253,7 @@ class Neuron(Node):
             identity=self.identity,
             verify=verify,
             network=self.network,
-            transport=self.swarm,
+            transport=self.transport(plan),
             give_way=lambda: self.board.begun > plan.attempt,
         )
         is_over = self.board.newest_attempt > plan.attempt
@@ -265,6 +266,10 @@ class Neuron(Node):
             self._mean_memory = memory  # an exchange that gave way may still be writing to it
             self._log_all_reduce(done)
         return done
+
+    def transport(self, plan: GroupPlan) -> Transport:
+        """What carries the exchange with the group of ``plan``."""
+        return self.swarm
 
     def exchanged(self, exchange: Exchange) -> None:
         """The role's own part of what an all-reduce showed."""

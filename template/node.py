@@ -234,8 +234,19 @@ class Node:
             allow_non_registered=config.blacklist.allow_non_registered,
         )
         self.axon = Axon(keypair, policy, host=config.axon.ip, port=config.axon.port)
-        handlers = Handlers(
-            role=config.role,
+        handlers = self.make_handlers()
+        self.axon.attach(IsAlive, handlers.is_alive)
+        self.axon.attach(Train, handlers.train)
+        self.axon.attach(AllReduce, handlers.all_reduce, timeout_s=600.0)
+        self.network.run(self.axon.start(), 30)
+        ip = config.axon.external_ip or config.axon.ip
+        self.chain.serve(ip, config.axon.external_port or self.axon.port)
+        self.announce()
+
+    def make_handlers(self) -> Handlers:
+        """What answers the synapses of this neuron."""
+        return Handlers(
+            role=self.config.role,
             run_id=self.run_id,
             identity=self.identity,
             board=self.board,
@@ -244,13 +255,6 @@ class Node:
             why_not_leader=self._why_not_leader,
             max_deadline_s=self.schedule.all_reduce * self.schedule.block_time_s,
         )
-        self.axon.attach(IsAlive, handlers.is_alive)
-        self.axon.attach(Train, handlers.train)
-        self.axon.attach(AllReduce, handlers.all_reduce, timeout_s=600.0)
-        self.network.run(self.axon.start(), 30)
-        ip = config.axon.external_ip or config.axon.ip
-        self.chain.serve(ip, config.axon.external_port or self.axon.port)
-        self.announce()
 
     def _join_swarm(self) -> Swarm:
         """Join through the peers that the operator names, or through those on chain, or be the first."""

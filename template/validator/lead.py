@@ -51,6 +51,7 @@ def make_plan(
     duration_s: float,
     resting: Collection[str] = (),
     shares: Mapping[str, float] | None = None,
+    owners: Mapping[str, str] | None = None,
 ) -> GroupPlan | None:
     """The group of one attempt; None when nobody has anything to send, or nobody can reduce.
 
@@ -62,6 +63,7 @@ def make_plan(
         duration_s: time for the whole exchange.
         resting: senders that reduce nothing: they left a part undone lately.
         shares: relative size of the part that a member reduces, by hotkey; 1 for who is not in it.
+        owners: who was the first to announce a peer id, by peer id: of those that name it, that one is in the group.
 
     Who announces no address (behind a NAT) cannot be dialled: it sends over the streams that it opens, and reduces
     nothing.
@@ -92,7 +94,7 @@ def make_plan(
         for hotkey in sitting
         if hotkey in anchors and anchors[hotkey].peer_id
     ]
-    distinct = _distinct(seats, members)
+    distinct = _distinct(seats, members, owners or {})
     if sum(member.sends for member in distinct) < parts.recipe.averaging.min_members:
         return None
     if not any(member.reduces for member in distinct):
@@ -111,20 +113,21 @@ def make_plan(
     )
 
 
-def _distinct(seats: Sequence[Member], senders: Sequence[Member]) -> tuple[Member, ...]:
-    """Senders, then seats. Of those that name one peer id one stays: a seat before a sender, else the first.
+def _distinct(seats: Sequence[Member], senders: Sequence[Member], owners: Mapping[str, str]) -> tuple[Member, ...]:
+    """Senders, then seats. Of those that name one peer id one stays: a seat, else its owner, else the first.
 
-    Seats come first because a miner that copies a validator's peer id would otherwise put the leader out of its group.
+    A miner that copies another's peer id would otherwise put that one out of the group: a seat's the leader, and a
+    sender's whoever sorts behind it.
     """
     seen: set[str] = set()
     kept = []
-    for member in (*seats, *senders):
+    for member in (*seats, *sorted(senders, key=lambda one: owners.get(one.peer_id) != one.hotkey)):
         if member.peer_id in seen:
             logger.warning("%s names another member's peer id and is left out", member.hotkey[:8])
             continue
         seen.add(member.peer_id)
         kept.append(member)
-    return tuple(sorted(kept, key=lambda member: not member.sends))
+    return tuple(sorted(kept, key=lambda member: (not member.sends, member.hotkey if member.sends else "")))
 
 
 def make_synapse(plan: GroupPlan, base_manifest: str) -> AllReduce:

@@ -116,6 +116,9 @@ class FakeResults:
     def scores(self) -> dict[str, Score]:
         return {"key-miner-1": Score(gradient=1.0, steps=1.0, bandwidth=0.5, score=0.85)}
 
+    def paid(self) -> dict[str, float]:
+        return {"key-miner-1": 1.6, "key-miner-2": 0.4}
+
     def states(self, name: str) -> list[StateLine]:
         return read_states(self._folder / name / "states.jsonl")
 

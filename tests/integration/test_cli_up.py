@@ -237,3 +237,21 @@ def test_a_folder_is_held_by_one_up_at_a_time(tmp_path: Path) -> None:
         run_fake("good", options(tmp_path, num_epochs=1))
     lock.release()
     assert holder_pid(tmp_path) is None
+
+
+def test_a_cheat_is_not_judged_as_a_miner_and_its_pay_is_reported(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    status, text = run_fake("lazy", options(tmp_path / "net", num_epochs=1, json_path=out, attack="random"))
+    assert status == 0, text
+    assert text.splitlines()[-1].endswith("attack random: miner-2 was paid 0.25 of an honest miner's pay")
+    report = json.loads(out.read_text())
+    assert report["attack"] == {
+        "name": "random", "member": "miner-2", "hotkey": "key-miner-2", "pay": 0.25, "weight": 1.0
+    }  # fmt: skip
+
+
+def test_an_unknown_attack_lists_those_that_there_are(tmp_path: Path) -> None:
+    done = hivetrain("up", "--dir", str(tmp_path / "net"), "--attack", "teleport")
+    assert done.returncode == 2
+    assert "no attack 'teleport'; there are: random, zero, " in done.stderr
+    assert not (tmp_path / "net").exists()

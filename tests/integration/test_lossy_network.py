@@ -21,13 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LOSSY_RECIPE = (
     SMALL_RECIPE
     + """\
+check_share = 1.0
 [averaging]
 codec = "int4"
 moments_codec = "none"
 second_moments_codec = "log8"
-[scoring]
-check_share = 1.0
-"""
+"""  # the small recipe ends with the table of the scores
 )
 NUM_EPOCHS = 2  # the second is the first with a remainder
 

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from hivetrain.errors import Fault, IntegrityError, PeerFault
 from hivetrain.manifest import Manifest, Ref
-from template.anchor import MAX_ANCHOR_BYTES, Anchor, Candidate, candidates, find_base, parse_anchor, parse_anchors
+from template.anchor import (
+    MAX_ANCHOR_BYTES,
+    Anchor,
+    Candidate,
+    candidates,
+    find_base,
+    first_owners,
+    parse_anchor,
+    parse_anchors,
+)
 from template.chain.client import ChainCommitment
 
 RUN = "ab" * 32
@@ -276,3 +285,29 @@ def test_where_nothing_can_be_verified_every_reason_is_told() -> None:
 def test_where_nothing_is_anchored_that_is_said() -> None:
     with pytest.raises(IntegrityError, match="nothing is anchored"):
         Hub(1).base([])
+
+
+def test_a_peer_belongs_to_whoever_announced_it_first() -> None:
+    anchors = {"thief": (9, Anchor(peer_id="12D3")), "victim": (4, Anchor(peer_id="12D3"))}
+    assert first_owners({}, anchors, {"thief", "victim"}) == {"12D3": "victim"}
+    # The victim's restart moves its block; who was known before stands.
+    again = {"thief": (9, Anchor(peer_id="12D3")), "victim": (20, Anchor(peer_id="12D3"))}
+    assert first_owners({"12D3": "victim"}, again, {"thief", "victim"}) == {"12D3": "victim"}
+
+
+def test_a_peer_of_a_hotkey_that_left_can_be_announced_by_another() -> None:
+    anchors = {"old": (4, Anchor(peer_id="12D3")), "new": (9, Anchor(peer_id="12D3"))}
+    assert first_owners({"12D3": "old"}, anchors, {"new"}) == {"12D3": "new"}
+
+
+def test_who_announces_no_peer_owns_none() -> None:
+    assert first_owners({}, {"shy": (1, Anchor())}, {"shy"}) == {}
+
+
+def test_who_did_not_come_as_the_peer_that_it_announced_gives_way_to_who_announces_it_too() -> None:
+    both = {"aaa": (1, Anchor(peer_id="12D3")), "zzz": (1, Anchor(peer_id="12D3"))}
+    assert first_owners({}, both, {"aaa", "zzz"}) == {"12D3": "aaa"}  # of one block: somebody has to be first
+    assert first_owners({"12D3": "aaa"}, both, {"aaa", "zzz"}, {("12D3", "aaa")}) == {"12D3": "zzz"}
+    # Where nobody else announces it, one absence changes nothing.
+    alone = {"aaa": (1, Anchor(peer_id="12D3"))}
+    assert first_owners({"12D3": "aaa"}, alone, {"aaa"}, {("12D3", "aaa")}) == {"12D3": "aaa"}

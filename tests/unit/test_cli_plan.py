@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hivetrain.errors import ConfigError, ServiceError
-from neurons.plan import UpOptions, choose_ports, make_plan, neuron_flags, prepare_dir
+from neurons import plan as plan_module
+from neurons.plan import UpOptions, check_attack, choose_ports, make_plan, neuron_flags, prepare_dir
 from neurons.report import Genesis, Member, read_genesis, read_scores, read_states
 from template.config import parse_config
 
@@ -118,6 +119,27 @@ def test_the_plan_starts_what_was_asked_for_in_order(tmp_path: Path) -> None:
     assert list(plan.producer(network).argv[-4:]) == ["--db", "/tmp/x/chain.db", "--block-time", "0.5"]
     (tmp_path / "genesis.json").write_text("{}")
     assert make_plan(options, ports).genesis is None
+
+
+def test_the_last_miner_runs_the_attack_with_a_miners_flags(tmp_path: Path) -> None:
+    options = UpOptions(dir=tmp_path, num_miners=2, attack="random")
+    plan = make_plan(options, {"hub": 1, "dashboard": 2, "miner-1": 3, "miner-2": 4, "validator-1": 5})
+    honest, cheat, validator = plan.neurons(genesis("miner-1", "miner-2", "validator-1"))
+    assert Path(cheat.argv[2]) == plan_module.CHEAT_SCRIPT
+    assert list(cheat.argv[3:5]) == ["--attack", "random"]
+    assert parse_config(list(cheat.argv[5:]), "miner", {}).name == "miner-2"
+    assert [Path(spec.argv[2]).name for spec in (honest, validator)] == ["miner.py", "validator.py"]
+
+
+def test_an_attack_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "CHEAT_SCRIPT", tmp_path / "bench" / "attacks" / "miner.py")
+    with pytest.raises(ConfigError, match="only from a checkout of the repository"):
+        check_attack("random")
+
+
+def test_a_cheat_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--attack needs honest miners beside the cheat: .* got 1"):
+        UpOptions(dir=tmp_path, num_miners=1, attack="random")
 
 
 def test_no_token_of_the_user_reaches_the_local_network(tmp_path: Path) -> None:

@@ -305,3 +305,27 @@ def test_who_left_its_part_undone_or_spoilt_it_is_named_and_who_sent_badly_is_no
         seconds=1.0,
     )
     assert left_undone(plan, outcome) == {missing, spoilt}
+
+
+def test_who_copies_a_miners_peer_is_left_out_and_not_the_miner(world: World, receipts: dict[str, Receipt]) -> None:
+    thief, victim, _ = sorted(receipts)  # where nothing else decides, the first one stays
+    anchors = anchors_of(*receipts, "leader", "second")
+    anchors[thief] = anchors[victim]
+    owners = {anchors[victim].peer_id: victim}
+    plan = made(
+        make_plan(
+            parts=world.parts,
+            round_number=ROUND,
+            attempt=0,
+            receipts=receipts,
+            weights=dict.fromkeys(receipts, 16.0),
+            sitting=("leader",),
+            anchors=anchors,
+            duration_s=20.0,
+            owners=owners,
+        )
+    )
+    assert plan.member(thief) is None
+    assert plan.member(victim) is not None
+    senders = [member.hotkey for member in plan.members if member.sends]
+    assert senders == sorted(senders)
