@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ from typing import Any
 import psutil
 
 from hivetrain.hub.client import HubStore
-from hivetrain.manifest import Manifest
+from hivetrain.manifest import Manifest, Ref
 from hivetrain.tracking.status import NeuronStatus, read_status
+from template.chain.client import Chain
+from template.chain.keys import verify
 from tests.hub_fixture import HubProcess, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,6 +56,40 @@ def until(condition: Callable[[], object], what: str, timeout_s: float, poll_s: 
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(poll_s)
+
+
+def hivetrain(*arguments: str) -> str:
+    """What a `hivetrain` command prints; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "neurons.cli", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def chain_weights(genesis: dict[str, Any]) -> dict[str, float]:
+    """Weight that the first validator with weights on chain gives each hotkey."""
+    with Chain(network="local", netuid=genesis["netuid"], chain_endpoint=genesis["chain_endpoint"]) as chain:
+        neurons, rows = chain.metagraph().neurons, list(chain.weights().values())
+    return {neuron.hotkey: rows[0].get(neuron.uid, 0.0) for neuron in neurons} if rows else {}
+
+
+def assert_whole(store: HubStore, dest: Path) -> list[Ref]:
+    """Every published epoch: parents are in order, the leader signed, and each file has the manifest's digest."""
+    refs = [ref for epoch in store.epochs() if (ref := store.resolve(epoch)) is not None]
+    assert [ref.epoch for ref in refs] == list(range(len(refs)))
+    for parent, ref in zip([None, *refs[:-1]], refs, strict=True):
+        manifest = ref.manifest
+        assert manifest.parent == (parent.manifest_sha256 if parent is not None else "")
+        assert verify(manifest.leader, manifest.signed_bytes(), bytes.fromhex(manifest.leader_signature))
+        for name, path in store.fetch(ref, manifest.files, dest / str(ref.epoch)).items():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.files[name].sha256
+    return refs
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

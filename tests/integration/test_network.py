@@ -1,11 +1,10 @@
-"""Whole networks of real processes: three epochs from nothing, and what survives a kill, a Ctrl-C and a restart.
+"""A whole network of real processes: what survives a kill, a Ctrl-C and a restart.
 
-Two networks in all, for each costs minutes. The tests of the second one share it, and run in the order of this file.
+A network costs minutes: the tests share one, and run in the order of this file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -14,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -26,6 +24,9 @@ from network_kit import (
     SMALL_RECIPE,
     Up,
     alive,
+    assert_whole,
+    chain_weights,
+    hivetrain,
     processes_of,
     read_lines,
     running_up,
@@ -33,7 +34,6 @@ from network_kit import (
 )
 from PIL import Image
 
-from hivetrain.hub.client import HubStore
 from hivetrain.hub.folder import mirror
 from hivetrain.manifest import Ref
 from hivetrain.scoring.published import read_records
@@ -42,88 +42,10 @@ from hivetrain.tracking.status import read_status
 from neurons.audit import run_audit
 from neurons.explain import explain
 from neurons.sources import open_source
-from template.chain.client import Chain
 from template.chain.keys import verify
 from tests.browser import visit
-from tests.hub_fixture import HubProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def hivetrain(*arguments: str) -> str:
-    """What a `hivetrain` command prints; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "neurons.cli", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **QUIET},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def chain_weights(genesis: dict[str, Any]) -> dict[str, float]:
-    """Weight that the first validator with weights on chain gives each hotkey."""
-    with Chain(network="local", netuid=genesis["netuid"], chain_endpoint=genesis["chain_endpoint"]) as chain:
-        neurons, rows = chain.metagraph().neurons, list(chain.weights().values())
-    return {neuron.hotkey: rows[0].get(neuron.uid, 0.0) for neuron in neurons} if rows else {}
-
-
-def assert_whole(store: HubStore, dest: Path) -> list[Ref]:
-    """Every published epoch: parents are in order, the leader signed, and each file has the manifest's digest."""
-    refs = [ref for epoch in store.epochs() if (ref := store.resolve(epoch)) is not None]
-    assert [ref.epoch for ref in refs] == list(range(len(refs)))
-    for parent, ref in zip([None, *refs[:-1]], refs, strict=True):
-        manifest = ref.manifest
-        assert manifest.parent == (parent.manifest_sha256 if parent is not None else "")
-        assert verify(manifest.leader, manifest.signed_bytes(), bytes.fromhex(manifest.leader_signature))
-        for name, path in store.fetch(ref, manifest.files, dest / str(ref.epoch)).items():
-            assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.files[name].sha256
-    return refs
-
-
-def test_three_epochs_from_nothing_hold(tmp_path: Path) -> None:
-    folder, out = tmp_path / "net", tmp_path / "out.json"
-    with running_up(folder, "--epochs", "3", "--json", str(out), "--min-loss-drop", "1.0", "--fresh") as up:
-        until(lambda: up.process.poll() is not None, "the end of `up --epochs 3`", 600)
-    print(up.text)
-    assert up.process.returncode == 0, up.text
-    report = json.loads(out.read_text())
-    assert set(report) == {
-        "ok", "failed", "epochs", "val_loss_before", "val_loss_after", "scores", "weights", "seconds"
-    }  # fmt: skip
-    assert report["ok"] is True
-    assert report["failed"] == []
-    miners = {up.hotkey(f"miner-{number}") for number in (1, 2, 3)}
-    assert [epoch["tag"] for epoch in report["epochs"]] == ["epoch-000001", "epoch-000002", "epoch-000003"]
-    for epoch in report["epochs"]:
-        assert set(epoch) == {"epoch", "tag", "state_sha256", "val_loss", "members", "allreduce"}
-        assert set(epoch["members"]) == miners
-        assert epoch["allreduce"]["faults"] == []
-        assert epoch["allreduce"]["bytes"] > 0
-    assert report["val_loss_before"] - report["val_loss_after"] >= 1.0
-    assert all(report["weights"][hotkey] > 0 for hotkey in miners)
-    assert all(set(report["scores"][hotkey]) == {"gradient", "steps", "bandwidth", "score"} for hotkey in miners)
-    assert set(report["seconds"]) == {"genesis", "neurons_ready", "epochs", "total"}
-    weights = chain_weights(up.genesis)
-    assert all(weights[hotkey] > 0 for hotkey in miners)
-    assert not processes_of(folder)
-
-    hub = HubProcess(folder / "hub")
-    hub.start()
-    try:
-        refs = assert_whole(HubStore(endpoint=hub.url, repo=up.genesis["hub_repo"]), tmp_path / "fetched")
-    finally:
-        hub.close()
-    assert len(refs) >= 4
-    for ref, epoch in zip(refs[1:], report["epochs"], strict=False):
-        assert ref.manifest.state_hash == epoch["state_sha256"]
-        for number in (1, 2, 3):
-            states = read_lines(folder / f"miner-{number}" / "states.jsonl")
-            held = [line["state_hash"] for line in states if line["epoch"] == ref.epoch]
-            assert held == [ref.manifest.state_hash]
 
 
 @pytest.fixture(scope="module")
