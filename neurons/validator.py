@@ -244,25 +244,29 @@ class Validator(LeadingNeuron):
         registered: set[str],
     ) -> None:
         """Hand the round's record to the thread that uploads it."""
-        record, files = build_record(
-            identity=self.identity,
-            run_id=self.run_id,
-            round_number=position.round,
-            base=base,
-            block_hash=notes.block_hash,
-            coins=notes.coins,
-            scoring=self.recipe.scoring,
-            facts=facts,
-            scores=scores,
-            receipts=notes.collected.receipts,
-            draws=notes.draws,
-            owed=notes.owed,
-            before=before,
-            after=self.average.state,
-            registered=registered,
-            shares=self.average.weights(),
-            previous=self.records.previous(before.last_round),
-        )
+        try:
+            record, files = build_record(
+                identity=self.identity,
+                run_id=self.run_id,
+                round_number=position.round,
+                base=base,
+                block_hash=notes.block_hash,
+                coins=notes.coins,
+                scoring=self.recipe.scoring,
+                facts=facts,
+                scores=scores,
+                receipts=notes.collected.receipts,
+                draws=notes.draws,
+                owed=notes.owed,
+                before=before,
+                after=self.average.state,
+                registered=registered,
+                shares=self.average.weights(),
+                previous=self.records.previous(before.last_round),
+            )
+        except ValueError as exc:  # something past the bounds of a record: the round counts all the same
+            logger.exception("the checks of round %d cannot be published: %s", position.round, exc)
+            return
         self._last_record = record
         self.records.put(record, files)
 

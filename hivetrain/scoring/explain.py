@@ -89,7 +89,7 @@ def _miner_problems(
 ) -> list[str]:
     problems = []
     if miner.receipt is not None:
-        problems += _receipt_problems(record, hotkey, miner.receipt, verify)
+        problems += receipt_problems(record, hotkey, miner.receipt, verify)
     if not miner.ours and miner.cooldown_left != average.cooldown_left(hotkey, record.round):
         problems.append(f"a cooldown of {miner.cooldown_left} rounds is not what the average before says")
     if miner.owed != average.owes(hotkey):
@@ -122,7 +122,8 @@ def _miner_problems(
     return problems
 
 
-def _receipt_problems(record: RoundRecord, hotkey: str, receipt: Receipt, verify: Verify) -> list[str]:
+def receipt_problems(record: RoundRecord, hotkey: str, receipt: Receipt, verify: Verify) -> list[str]:
+    """Why a receipt in a record is not one that ``hotkey`` signed for that round; empty where it is."""
     problems = []
     try:
         parse_receipt(receipt.to_bytes(), hotkey=hotkey, verify=verify)
@@ -162,7 +163,7 @@ def two_receipts(records: Sequence[RoundRecord], verify: Verify) -> dict[str, tu
     for record in records:
         for hotkey, miner in record.miners.items():
             receipt = miner.receipt
-            if receipt is None or _receipt_problems(record, hotkey, receipt, verify):
+            if receipt is None or receipt_problems(record, hotkey, receipt, verify):
                 continue
             other = first.setdefault(hotkey, receipt)
             same = (other.run_id, other.round) == (receipt.run_id, receipt.round)
@@ -274,6 +275,7 @@ __all__ = [
     "compare",
     "follows",
     "proves",
+    "receipt_problems",
     "recompute",
     "tell",
     "two_receipts",

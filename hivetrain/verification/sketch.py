@@ -32,8 +32,11 @@ def sketch_seed(run_id: str, round_number: int) -> int:
 
 
 def count_sketch(values: Tensor, seed: int) -> npt.NDArray[np.float32]:
-    """The sketch of ``values`` (float32 [P]): float32 [256], added up in float64, in the order of the
-    elements. A bucket that is not finite is 0: what is wrong with such values is for replay to say."""
+    """The sketch of ``values`` (float32 [P]): float32 [256].
+
+    Added up in float64, in order within each 2^20 elements, whose sums are then added in order. A bucket that is not
+    finite is 0: what is wrong with such values is for replay to say.
+    """
     flat = values.detach().cpu().numpy()
     sums = np.zeros(NUM_BUCKETS, dtype=np.float64)
     for start in range(0, len(flat), _BLOCK):

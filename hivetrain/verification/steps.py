@@ -63,10 +63,9 @@ def open_steps(receipt: Receipt, raw: bytes, samples_per_step: int) -> tuple[Ste
     if len(raw) != size * receipt.num_steps:
         detail = f"opened {len(raw)} bytes of step records, expected {receipt.num_steps} of {size}"
         raise PeerFault(Fault.REFUSED, detail)
-    pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
-    if MerkleTree([leaf_digest(piece) for piece in pieces]).root.hex() != receipt.steps_root:
+    if not opens(receipt, raw, samples_per_step):
         raise PeerFault(Fault.NOT_COMMITTED, f"the step records do not open {receipt.steps_root[:12]}")
-    records = tuple(_parse(piece) for piece in pieces)
+    records = tuple(_parse(raw[at : at + size]) for at in range(0, len(raw), size))
     for record in records:
         if not math.isfinite(record.loss):
             raise PeerFault(Fault.NOT_FINITE, f"committed to a loss of {record.loss} in step {record.step}")
@@ -76,6 +75,15 @@ def open_steps(receipt: Receipt, raw: bytes, samples_per_step: int) -> tuple[Ste
             Fault.WRONG_REPLAY, f"the receipt's loss is {receipt.loss:.6f}, the mean of its step records {mean:.6f}"
         )
     return records
+
+
+def opens(receipt: Receipt, raw: bytes, samples_per_step: int) -> bool:
+    """Whether ``raw`` are the very records that ``receipt`` commits to, whoever shows them."""
+    size = record_size_bytes(samples_per_step)
+    if len(raw) != size * receipt.num_steps:
+        return False
+    pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
+    return MerkleTree([leaf_digest(piece) for piece in pieces]).root.hex() == receipt.steps_root
 
 
 def _parse(raw: bytes) -> StepRecord:
@@ -128,5 +136,6 @@ __all__ = [
     "first_wrong_step",
     "loss_bound",
     "open_steps",
+    "opens",
     "record_size_bytes",
 ]

@@ -56,8 +56,9 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One answer to judge; without a receipt: load the base's state, and say nothing."""
+    """One answer to judge; without a receipt: load the base's state, and say nothing. The reply names its number."""
 
+    number: int
     base: Ref
     round_number: int
     receipt: Receipt | None = None
@@ -82,6 +83,7 @@ class ReplayProcess:
         self._sender = threading.Thread()
         self._base: Ref | None = None
         self._round = -1
+        self._number = 0
         self._in_time: Callable[[], bool] = lambda: True
 
     @property
@@ -127,7 +129,7 @@ class ReplayProcess:
         """
         self._base, self._round, self._in_time = base, round_number, in_time
         self.start()
-        self._outbox.put(_Task(base=base, round_number=round_number))
+        self._outbox.put(_Task(number=self._number, base=base, round_number=round_number))
 
     def judge(self, receipt: Receipt, drawn: Draw, answer: Answer) -> CheckResult:
         """As `Judge.judge`.
@@ -138,8 +140,21 @@ class ReplayProcess:
         if self._base is None:
             raise ServiceError("no round has begun for the replay process")
         self.start()
-        self._outbox.put(_Task(base=self._base, round_number=self._round, receipt=receipt, drawn=drawn, answer=answer))
-        reply = self._receive()
+        self._number += 1
+        self._outbox.put(
+            _Task(
+                number=self._number,
+                base=self._base,
+                round_number=self._round,
+                receipt=receipt,
+                drawn=drawn,
+                answer=answer,
+            )
+        )
+        number, reply = self._receive()
+        if number != self._number:  # the answer to a question that was given up: never one miner's for another's
+            self.close()
+            raise ServiceError(f"the replay process answered question {number}, asked was {self._number}")
         if isinstance(reply, CheckResult):
             known = {"steps": answer.steps}
             return dataclasses.replace(reply, evidence={kind: known[kind] for kind in reply.evidence if kind in known})
@@ -157,14 +172,15 @@ class ReplayProcess:
             self._pipe.close()
             self._pipe = None
 
-    def _receive(self) -> Any:
+    def _receive(self) -> tuple[int, Any]:
         assert self._pipe is not None
         try:
             while not self._pipe.poll(POLL_S):
                 self._on_wait()
                 if not self._in_time():
                     raise TimeoutError
-            return self._pipe.recv()
+            number, reply = self._pipe.recv()
+            return int(number), reply
         except (OSError, EOFError) as exc:
             self.close()
             late = isinstance(exc, TimeoutError)
@@ -240,7 +256,7 @@ def _serve(pipe: Connection) -> None:
             reply = f"{type(exc).__name__}: {exc}"
         if task.receipt is not None:
             logger.debug("replay took %.2f CPU seconds", time.process_time() - started)
-            pipe.send(reply)
+            pipe.send((task.number, reply))
 
 
 def main() -> None:

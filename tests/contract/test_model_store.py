@@ -258,6 +258,19 @@ def test_artefacts_are_listed_by_folder_and_of_no_folder_there_are_none(store: S
     assert store.list_artefacts(repo, "other", "checks") == []
 
 
+def test_artefacts_of_several_who_write_at_once_all_lie_there(store: Store) -> None:
+    repo = f"validator/{next(_numbers)}"
+    names = [f"checks/round-1/{number}.json" for number in range(4)]
+    threads = [
+        threading.Thread(target=store.publish_artefacts, args=(repo, "checks", {name: name.encode()})) for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.list_artefacts(repo, "checks", "checks/round-1") == names
+
+
 def _outcome(store: Store, step: tuple[str, int, int]) -> object:
     kind, number, nonce = step
     if kind == "prune":

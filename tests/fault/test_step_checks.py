@@ -186,7 +186,20 @@ def test_an_audit_names_the_first_wrong_step_of_a_cheat(world: World, step: int)
     verdict = audited(world, world.contribution(MINER, work=other_data_from(world, step)))
     assert not verdict.honest
     assert verdict.first_wrong_step == step
-    assert verdict.num_steps <= 4 * (step // 4 + 1)  # it ends with the window that shows it
+    assert f"first wrong step: {step}" in verdict.lines
+
+
+@pytest.mark.parametrize(("off", "is_honest", "step"), [(0.005, True, None), (0.02, False, 0)])
+def test_losses_off_by_what_other_hardware_makes_convict_nobody(
+    world: World, honest: Contribution, off: float, is_honest: bool, step: int | None
+) -> None:
+    records = [
+        step_record(step, world.bench.round_data(world.parts, ROUND, 0).samples(step), loss + off)
+        for step, loss in enumerate(world.work().losses)
+    ]
+    losses = [struct.unpack_from("<Qf", record)[1] for record in records]
+    verdict = audited(world, resealed(honest, records, loss=sum(losses) / len(losses)))
+    assert (verdict.honest, verdict.first_wrong_step) == (is_honest, step)
 
 
 def scaled(work: RoundWork, world: World) -> RoundWork:

@@ -29,8 +29,6 @@ name = "small"
 [inner]
 max_steps = 20
 snapshot_every = 5
-[scoring]
-cooldown_rounds = 1
 """
 
 QUIET = {  # nothing leaves this machine, and one thread per process

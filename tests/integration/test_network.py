@@ -131,7 +131,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """A network of three miners and short rounds that runs until it is told to stop; its first epoch is published."""
     folder = tmp_path_factory.mktemp("living") / "net"
     recipe = folder.with_name("recipe.toml")
-    recipe.write_text(SMALL_RECIPE)
+    recipe.write_text(SMALL_RECIPE + "[scoring]\ncooldown_rounds = 1\n")  # miner-4 is paid after one round
     with running_up(folder, "--recipe", str(recipe), "--block-time", "0.5") as network:
         network.wait_for_text("epoch 1 published", 400)
         yield network

@@ -24,7 +24,7 @@ from hivetrain.hub.folder import FolderStore, mirror
 from hivetrain.manifest import Ref
 from hivetrain.run import Recipe
 from hivetrain.scoring import Bandwidth, MovingAverage, RoundFacts, score_facts
-from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_path, sign_record
+from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.judge import Answer, Judge
 from hivetrain.verification.worker import ReplayProcess, WorkerSpec
@@ -125,6 +125,27 @@ def test_one_that_stands_still_is_our_failure_and_the_next_one_takes_its_place(p
     place.replay._on_wait = lambda: None
     place.replay._in_time = lambda: False
     with pytest.raises(ServiceError, match="not done in time"):
+        place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
+    assert place.replay.pid is None
+
+
+def test_an_answer_to_another_question_is_nobodys_verdict(place: Place) -> None:
+    """A wait that was broken off leaves its answer in the pipe."""
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    place.replay.begin_round(place.base, ROUND, lambda: True)
+    other = place.world.work(batches=place.world.bench.round_data(place.world.parts, ROUND, 1).batch)
+    cheat = place.world.contribution(MINER, work=other)
+    place.replay._on_wait = interrupt
+    with pytest.raises(Interrupted):
+        place.replay.judge(cheat.receipt, place.draw(), answer_of(cheat))
+    place.replay._on_wait = lambda: None
+    with pytest.raises(ServiceError, match="answered question"):
         place.replay.judge(place.contribution.receipt, place.draw(), answer_of(place.contribution))
     assert place.replay.pid is None
 
@@ -251,6 +272,26 @@ def test_an_audit_passes_the_honest_and_names_the_first_wrong_step_of_a_cheat(so
     assert cheat.verdict.first_wrong_step == WRONG_FROM
     with pytest.raises(HivetrainError, match="handed in no receipt"):
         run_audit(source, 1, SILENT.hotkey, cache=tmp_path)
+
+
+def test_what_a_validator_makes_up_convicts_nobody(source: Source, tmp_path: Path) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    for path in (copy / record_folder(ROUND) / "evidence").iterdir():
+        path.write_bytes(b"step records that nobody committed to")
+    audited = run_audit(dataclasses.replace(source, store=FolderStore(copy)), 1, MINER.hotkey, cache=tmp_path / "a")
+    assert audited.verdict.honest
+    assert any("no step records are public" in line for line in audited.verdict.lines)
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    record = RoundRecord.model_validate_json(path.read_bytes())
+    miner = record.miners[MINER.hotkey]
+    assert miner.receipt is not None
+    forged = miner.model_copy(update={"receipt": miner.receipt.model_copy(update={"sketch": "00" * 1024})})
+    lying = record.model_copy(update={"miners": {**record.miners, MINER.hotkey: forged}})
+    path.write_bytes(sign_record(lying, VALIDATOR).to_bytes())
+    with pytest.raises(HivetrainError, match="none that it signed is published"):
+        run_audit(dataclasses.replace(source, store=FolderStore(copy)), 1, MINER.hotkey, cache=tmp_path / "b")
 
 
 def command(*arguments: str) -> tuple[int, str]:

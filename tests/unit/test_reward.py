@@ -13,11 +13,11 @@ from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.errors import Fault
 from hivetrain.run import Scoring
-from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored
+from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored, score_facts
 from hivetrain.verification.receipt import Receipt
 from template.chain.client import Chain
 from template.validator.collect import Collected
-from template.validator.reward import measured, round_weights, score_miners
+from template.validator.reward import gather_facts, measured, round_weights, score_miners
 from template.validator.weights import set_weights
 from tests.chain_fixture import LocalChain, local_chain
 
@@ -348,3 +348,34 @@ def test_a_refusal_of_the_chain_is_logged_and_tried_again_next_round(
     shares = {net.hotkey("miner-2"): 1.0}
     assert set_weights(miner, miner.metagraph(), 1, shares) is None
     assert "trying again next round" in caplog.text
+
+
+def test_what_is_proved_beside_the_rounds_checks_counts_though_we_could_not_ask(average: MovingAverage) -> None:
+    two = CheckResult(fault=Fault.DOUBLE_COMMIT, detail="signed two receipts for round 6")
+    facts = gather_facts(
+        miners=["a", "b", "c"],
+        collected=collected("b", "c", ours={"a": "no route"}),
+        checks={"b": None, "c": PASSED},
+        seen=(),
+        average=average,
+        round_number=ROUND,
+        proven=dict.fromkeys(["a", "b", "c", "a validator"], two),
+    )
+    found = score_facts(facts, SCORING)
+    assert set(found) == {"a", "b", "c"}
+    for hotkey in found:
+        one = score(found, hotkey)
+        assert (one.score, one.lied) == (0.0, True)
+        assert one.reasons["gradient"] == "double_commit: signed two receipts for round 6"
+
+
+def test_words_of_any_length_are_cut_before_they_are_scored(average: MovingAverage) -> None:
+    facts = gather_facts(
+        miners=["a", "b"],
+        collected=collected(refused={"a": "x" * 9000}, ours={"b": "y" * 9000}),
+        checks={},
+        seen=(),
+        average=average,
+        round_number=ROUND,
+    )
+    assert all(len(str(facts[hotkey])) < 1000 for hotkey in facts)
