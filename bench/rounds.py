@@ -33,7 +33,7 @@ from bench.harness import Claim, arguments, at_least, report, table
 from bench.links import LinkProxy, PeerLink
 from hivetrain.averaging.codecs import CODEC_NAMES
 from hivetrain.hub.client import HubStore
-from hivetrain.run import Schedule
+from hivetrain.run import Inner, Recipe, Schedule
 from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, snapshot_size_bytes
 from template.access import AccessPolicy, NeuronFacts
 from template.axon import Axon, Caller
@@ -51,6 +51,7 @@ MARGIN = 1.5
 GOAL = 0.99
 MAX_STEPS, SNAPSHOT_EVERY = 500, 2
 PRODUCTION = Schedule(train=1188, commit=1, verify=7, all_reduce=2, publish=2)
+RECIPE = Recipe(inner=Inner(max_steps=MAX_STEPS, snapshot_every=SNAPSHOT_EVERY), schedule=PRODUCTION)
 TIMEOUT_S = 120.0
 Codecs = tuple[str, str, str]
 """Of the update, and of its first and second moments."""

@@ -21,7 +21,8 @@ import tomli_w
 from hivetrain.errors import RecipeError
 
 CHUNK_ELEMENTS = 4096
-MAX_SNAPSHOTS = 64  # what one Train synapse can ask a miner to open
+MAX_SNAPSHOTS = 1024
+MAX_OPENED = 64  # snapshots: what one Train synapse can ask a miner to open
 MAX_MINERS = 256  # uids of a subnet, and what one all-reduce can hold
 GENESIS = "genesis"
 """Written for a model or tokenizer that genesis makes itself, instead of a hub name."""
@@ -152,7 +153,7 @@ class Inner:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast on CUDA
-    snapshot_every: int = 10  # K: inner steps between committed snapshots
+    snapshot_every: int = 5  # K: inner steps between committed snapshots; a check replays so many
 
     def __post_init__(self) -> None:
         _positive("inner", max_steps=self.max_steps, lr=self.lr, total_steps=self.total_steps, eps=self.eps)
@@ -320,6 +321,11 @@ class Recipe:
         _require(
             num_snapshots <= MAX_SNAPSHOTS,
             f"inner.max_steps / inner.snapshot_every must be <= {MAX_SNAPSHOTS} snapshots, got {num_snapshots}",
+        )
+        _require(
+            num_snapshots <= MAX_OPENED or self.scoring.whole_round_share == 0,
+            f"a whole round of more than {MAX_OPENED} snapshots cannot be opened, and inner.max_steps / "
+            f"inner.snapshot_every gives {num_snapshots}: set scoring.whole_round_share to 0",
         )
 
     def to_toml(self) -> str:

@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import torch
 
-from bench.attacks.rounds import challenge, check, honest_keys, make_scene
+from bench.attacks.checking import challenge, check
+from bench.attacks.rounds import honest_keys, make_scene
 from bench.attacks.world import World, make_world
 from bench.harness import arguments, at_most, report, table
 from bench.inmemory import Key

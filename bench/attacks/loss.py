@@ -21,7 +21,9 @@ import torch
 
 from bench.attacks.catalogue import CATALOGUE, make_cheat
 from bench.attacks.cheat import Cheat
-from bench.attacks.rounds import exchange, honest_keys, judge, make_scene, plan_group, publish
+from bench.attacks.checking import judge
+from bench.attacks.group import exchange, plan_group, publish
+from bench.attacks.rounds import honest_keys, make_scene
 from bench.attacks.world import VALIDATOR, World, make_world, tiny
 from bench.harness import at_most, report, table
 from bench.inmemory import Key

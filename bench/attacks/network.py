@@ -88,7 +88,7 @@ def _evidence(network: Path, hotkey: str) -> str:
     if log.exists():
         for line in log.read_text(errors="replace").splitlines():
             for mark in marks:
-                if mark in line and "passed" not in line:
+                if mark in line and not any(fine in line for fine in ("passed", "not done here")):
                     return line.split(mark, 1)[1][:160]
     path = network / "validator-1" / "scores.json"
     if not path.exists():

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.attacks.cheat import Cheat
-from bench.attacks.rounds import CheatRound, Checks, HonestRound
+from bench.attacks.checking import Checks
+from bench.attacks.rounds import CheatRound, HonestRound
 from bench.attacks.world import VALIDATOR
 from hivetrain.run import Scoring
 from hivetrain.scoring import CheckResult, MovingAverage, Score, Unscored, score_facts

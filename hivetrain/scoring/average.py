@@ -24,9 +24,6 @@ from hivetrain.run import Scoring
 from hivetrain.scoring.score import Score, Unscored
 
 MAX_ENTRIES = 4096
-REPEATED = 2
-"""Refusals without a passed check between them that leave nothing of an average."""
-
 Round = Annotated[int, Field(ge=-1, lt=1 << 50)]
 
 
@@ -143,8 +140,7 @@ class MovingAverage:
             entry.refusals = 0
         elif score.refused:
             entry.refusals += 1
-            if entry.refusals >= REPEATED:
-                entry.value = 0.0
+            entry.value = 0.0  # or whoever works only where it owes a check would live on what it earned before
         if score.lied:
             entry.value = 0.0
             entry.cooldown_until = round_number + 1 + self._scoring.cooldown_rounds
