@@ -1,0 +1,491 @@
+"""The adapter to `hivemind.Optimizer`, which stays the engine of the rounds: its DHT, and what we bend in it.
+
+The only importer of hivemind in the trainer. Bent, each because it was measured to go wrong otherwise: a download of
+the swarm's state that is retried without end, or believed without a look at its shapes; micro-batches of different
+sizes weighed wrongly; a gradient that is not finite and would be everyone's; Ctrl-C ignored from the first averager on;
+processes that outlive the one they served; a terminal's Ctrl-C that ends the libp2p daemon before us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import hivemind
+import torch
+from hivemind.averaging.allreduce import AllReduceRunner
+from hivemind.averaging.averager import DecentralizedAverager
+from hivemind.averaging.partition import AllreduceException
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
+from hivemind.p2p import P2PDaemonError
+from hivemind.utils import get_dht_time
+from hivemind.utils.asyncio import as_aiter, azip
+from hivemind.utils.multiaddr import Multiaddr
+
+from hivetrain.errors import ConfigError, ServiceError
+from hivetrain.trainer.config import COMPRESSION_OPTIONS, MADDR_OPTIONS, SwarmConfig
+from hivetrain.trainer.rounds import RoundReport
+
+logger = logging.getLogger(__name__)
+
+DHT_TIMEOUT_S = 20.0
+MAX_BACKOFF_S = 30.0
+PR_SET_PDEATHSIG = 1
+
+_COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
+    "none": hivemind.compression.NoCompression,
+    "float16": hivemind.compression.Float16Compression,
+    "scaled_float16": hivemind.compression.ScaledFloat16Compression,
+    "uniform_8bit": hivemind.compression.Uniform8BitQuantization,
+    "quantile_8bit": hivemind.compression.Quantile8BitQuantization,
+    "blockwise_8bit": hivemind.compression.BlockwiseQuantization,
+}
+
+
+class Node:
+    """A DHT node in a process of its own, and the signed records that we keep there."""
+
+    def __init__(self, config: SwarmConfig) -> None:
+        self._config = config
+        self.dht: Any = None
+
+    def start(self) -> None:
+        """Join the DHT, or begin one.
+
+        Raises:
+            ConfigError: an address or the identity file cannot work.
+            ServiceError: none of the initial peers answered; names them.
+        """
+        for name in MADDR_OPTIONS:
+            for maddr in cast(Sequence[str], self._config.dht.get(name) or ()):
+                _require_maddr(name, maddr)
+        peers = self._config.initial_peers
+        self._validator = RSASignatureValidator()
+        try:
+            self.dht = _Dht(start=True, record_validators=[self._validator], **self._config.dht)
+        except (FileNotFoundError, PermissionError) as exc:
+            raise ConfigError(f"identity_path {self._config.dht.get('identity_path')} cannot be used: {exc}") from exc
+        except (P2PDaemonError, RuntimeError, OSError, ValueError, TypeError, AssertionError, TimeoutError) as exc:
+            where = f" through {', '.join(peers)}" if peers else ""
+            raise ServiceError(
+                f"cannot join the swarm{where}: {exc}. Is one of these peers running and reachable from here, and are "
+                "the addresses of host_maddrs free to listen on?"
+            ) from exc
+
+    @property
+    def peer_id(self) -> str:
+        return str(self.dht.peer_id.to_base58())
+
+    def visible_maddrs(self) -> list[str]:
+        """Where others reach us, with ``/p2p/ID``."""
+        return [str(maddr) for maddr in self.dht.get_visible_maddrs()]
+
+    def now(self) -> float:
+        """The swarm's clock, in seconds."""
+        return float(get_dht_time())
+
+    def publish(self, key: str, value: object | None, expires_in_s: float) -> None:
+        """Store our record under ``key``, signed; None takes it back.
+
+        Raises:
+            ServiceError: no node took it.
+        """
+        future = self.dht.store(
+            key, value, get_dht_time() + expires_in_s, subkey=self._validator.local_public_key, return_future=True
+        )
+        if not self._wait(future, key):
+            raise ServiceError(f"the DHT did not store {key!r}")
+
+    def read(self, key: str) -> list[object]:
+        """Everyone's unexpired records under ``key``, as they wrote them.
+
+        Raises:
+            ServiceError: the DHT did not answer.
+        """
+        found = self._wait(self.dht.get(key, latest=True, return_future=True), key)
+        if found is None or not isinstance(found.value, dict):
+            return []
+        return [entry.value for entry in found.value.values() if getattr(entry, "value", None) is not None]
+
+    def close(self) -> None:
+        if self.dht is not None:
+            self.dht.shutdown()
+
+    def children(self) -> list[int]:
+        """Process ids to end if closing fails."""
+        return [self.dht.ident] if self.dht is not None and self.dht.is_alive() else []
+
+    @staticmethod
+    def _wait(future: Any, key: str) -> Any:
+        try:
+            return future.result(DHT_TIMEOUT_S)
+        except Exception as exc:  # hivemind documents none of what its DHT raises
+            raise ServiceError(f"the DHT did not answer for {key!r}: {exc!r}") from exc
+
+
+class _Dht(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
+    def run(self) -> None:
+        # A group of its own: Ctrl-C in a terminal must not end the libp2p daemon while we still say goodbye.
+        os.setpgid(0, 0)
+        _die_with(os.getppid())
+        super().run()
+
+
+class _Averager(DecentralizedAverager):  # type: ignore[misc]
+    """What both averagers share: their process ends with ours, bytes sent are counted, downloads are checked."""
+
+    sent_bytes: Any
+
+    def run(self) -> None:
+        _die_with(self._parent_pid)
+        super().run()
+
+    async def _run_allreduce_inplace_(
+        self, tensors: Any, group_info: Any, group_id: bytes | None = None, **kwargs: Any
+    ) -> None:
+        group_id = group_info.group_id if group_id is None else group_id
+        runner = _CountingRunner(
+            p2p=self._p2p, servicer_type=type(self), prefix=self.prefix, tensors=tensors, group_id=group_id,
+            ordered_peer_ids=group_info.peer_ids, **kwargs,
+        )  # fmt: skip
+        runner.sent_bytes = self.sent_bytes
+        self._running_groups[group_id].set_result(runner)
+        async for tensor, update in azip(as_aiter(*tensors), runner):
+            if update.shape != tensor.shape:
+                raise AllreduceException(f"an average has shape {tuple(update.shape)}, expected {tuple(tensor.shape)}")
+            tensor.add_(update, alpha=self._averaging_alpha)
+            self.last_updated = get_dht_time()
+            self._state_updated.set()
+
+    def load_state_from_peers(self, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]] | None:
+        state = super().load_state_from_peers(**kwargs)
+        self.downloaded_epoch: int | None = None
+        if state is None:
+            return None
+        metadata, tensors = state
+        if problem := self._problem_of(metadata, tensors):
+            logger.warning("a peer's state is refused: %s", problem)
+            return None
+        self.downloaded_epoch = metadata["epoch"]
+        return metadata, tensors
+
+    def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
+        """What is wrong with a downloaded state; hivemind would copy it half and fail in the middle."""
+        return None
+
+
+class _CountingRunner(AllReduceRunner):  # type: ignore[misc]
+    sent_bytes: Any
+
+    async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[Any]:
+        async for message in super()._generate_input_for_peer(peer_index):
+            self._count(message)
+            yield message
+
+    async def rpc_aggregate_part(self, stream: Any, context: Any) -> AsyncIterator[Any]:
+        async for message in super().rpc_aggregate_part(stream, context):
+            self._count(message)
+            yield message
+
+    def _count(self, message: Any) -> None:
+        with self.sent_bytes.get_lock():
+            self.sent_bytes.value += len(message.tensor_part.buffer)
+
+
+class _GradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
+    def __init__(self, *args: Any, sent_bytes: Any, **kwargs: Any) -> None:
+        self.sent_bytes = sent_bytes
+        super().__init__(*args, **kwargs)
+
+    @torch.no_grad()
+    def load_accumulators_into_averager_(self) -> None:
+        # hivemind divides by the number of batches, which is right only where all have the size of the first.
+        samples = self.local_samples_accumulated
+        scale = self._anchor_batch_size / samples if samples else 0.0
+        with self.get_tensors() as averaged:
+            for accumulated, mean in zip(self._grad_accumulators(), averaged, strict=True):
+                mean.copy_(accumulated, non_blocking=True).mul_(scale)
+
+
+class _StateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]
+    def __init__(self, *, sent_bytes: Any, **kwargs: Any) -> None:
+        self.sent_bytes = sent_bytes
+        super().__init__(**kwargs)
+
+    def download(self, timeout_s: float) -> bool:
+        """Load the newest state that a peer shares; False if none is as new as ours."""
+        before = self.local_epoch
+        self.load_state_from_peers(timeout=timeout_s)
+        return self.downloaded_epoch is not None and self.downloaded_epoch >= before
+
+    @torch.no_grad()
+    def relink(self) -> None:
+        """Average the optimizer's statistics that are in use: loading a state replaced the tensors shared for it."""
+        if not self.reuse_tensors:
+            return
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        shared = iter(self._averaged_tensors[len(weights) :])
+        with self.lock_averaged_tensors:
+            for name in self.opt_keys_for_averaging:
+                for weight in weights:
+                    tensor, loaded = next(shared), self.optimizer.state[weight][name]
+                    if tensor.data_ptr() != loaded.data_ptr():
+                        tensor.copy_(loaded)
+                        self.optimizer.state[weight][name] = tensor
+
+    def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
+        values, moments = dump_optimizer_state(self.optimizer)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        expected = [tuple(tensor.shape) for tensor in (*weights, *self.extra_tensors, *moments)]
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
+            return f"its epoch is {metadata.get('epoch') if isinstance(metadata, dict) else metadata!r}"
+        theirs = metadata.get("optimizer_metadata")
+        if not isinstance(theirs, list | tuple) or [_kind(one) for one in theirs] != [_kind(one) for one in values]:
+            return "its optimizer is another one"
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if shapes != expected:
+            return f"it has {len(shapes)} tensors, ours {len(expected)}, or other shapes"
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return "it holds values that are not finite"
+        return None
+
+
+def _kind(entry: Any) -> Any:
+    """A tensor and its place, or a value's type, in what `dump_optimizer_state` says."""
+    if not isinstance(entry, dict):
+        return None
+    return (entry.get("type"), entry["index"]) if entry.get("type") == "tensor" else type(entry.get("value")).__name__
+
+
+class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
+    """`hivemind.Optimizer` for a Trainer.
+
+    Args:
+        node: a started node.
+        config: the swarm's options.
+        params: parameter groups of the model.
+        optimizer: makes the optimizer of given groups, with its state in place.
+        scheduler: makes its schedule, stepped once per epoch of the swarm.
+        batch_size_per_step: samples of a step whose batches were not counted.
+        take_samples: samples since it was last called.
+        on_round: called after each step of the swarm, on the training thread.
+        shares_state: whether others may download our state from the beginning.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: Node,
+        config: SwarmConfig,
+        params: Any,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any],
+        batch_size_per_step: int,
+        take_samples: Callable[[], int],
+        on_round: Callable[[RoundReport], None],
+        shares_state: bool,
+    ) -> None:
+        self._take_samples, self._on_round, self._shares_state = take_samples, on_round, shares_state
+        self._sent = multiprocessing.Value("q", 0)
+        self._group_size: int | None = None
+        self._failed_downloads, self._behind_since = 0, 0.0
+        options = dict(config.opt)
+        self._request_timeout = cast(dict[str, Any], options["averager_opts"])["request_timeout"]
+        options["batch_size_per_step"] = batch_size_per_step
+        options["client_mode"] = True  # hivemind reads any value as "what the DHT is"
+        for name in COMPRESSION_OPTIONS:
+            if name in options:
+                options[name] = _COMPRESSIONS[str(options[name])]()
+        if not options.get("use_local_updates"):
+            options["grad_averager_factory"] = self._make_grad_averager
+        with _kept_interrupt():
+            super().__init__(
+                dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
+                params=params, optimizer=optimizer, scheduler=scheduler, **options,
+            )  # fmt: skip
+
+    def _make_state_averager(self, **kwargs: Any) -> _StateAverager:
+        sharing = self._shares_state and not self.client_mode
+        return _StateAverager(
+            dht=self.dht, prefix=f"{self.run_id}_state_averager", min_matchmaking_time=self.matchmaking_time,
+            allreduce_timeout=self.allreduce_timeout, shutdown_timeout=self.shutdown_timeout,
+            offload_optimizer=self.offload_optimizer, custom_gradients=self.offload_optimizer,
+            status_loglevel=self.status_loglevel, next_chunk_timeout=self.next_chunk_timeout,
+            client_mode=self.client_mode, allow_state_sharing=sharing, sent_bytes=self._sent, start=True, **kwargs,
+        )  # fmt: skip
+
+    def _make_grad_averager(self, **kwargs: Any) -> _GradientAverager:
+        # Nobody downloads a gradient averager's state: it is the state averager's that counts.
+        return _GradientAverager(
+            **{**kwargs, "request_timeout": self._request_timeout, "allow_state_sharing": False},
+            sent_bytes=self._sent,
+        )
+
+    def step(self, closure: Any = None, batch_size: int | None = None, grad_scaler: Any = None) -> Any:
+        samples = self._take_samples()
+        return super().step(closure, batch_size or samples or None, grad_scaler)
+
+    def share_state(self, shared: bool) -> None:
+        """Let others download our state, or not."""
+        if not self.client_mode:
+            self.state_averager.allow_state_sharing = shared
+
+    def flush(self) -> None:
+        """Wait, at most an averaging timeout, for updates under way, and apply them."""
+        self.state_averager.step(wait_for_delayed_updates=True, apply_delayed_updates=True)
+
+    def download(self, timeout_s: float) -> bool:
+        """Load the newest state that a peer shares. Returns whether there was one as new as ours."""
+        loaded = self.state_averager.download(timeout_s)
+        if loaded:
+            self._announce_epoch()
+        return loaded
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._announce_epoch()
+
+    def _announce_epoch(self) -> None:
+        self.state_averager.relink()
+        self.state_averager._update_scheduler()
+        self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
+        if not self.client_mode:
+            self.state_averager.state_sharing_priority = self.local_epoch
+        if self.grad_averager is not None:
+            self.grad_averager.reset_accumulated_grads_()
+
+    def digest(self) -> str:
+        """A hash of weights and moments."""
+        digest = hashlib.blake2b(digest_size=16)
+        _, moments = dump_optimizer_state(self.opt)
+        for tensor in (*(weight for group in self.opt.param_groups for weight in group["params"]), *moments):
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def load_state_from_peers(self, **kwargs: Any) -> None:
+        """Catch up with the swarm: one try, longer apart as they fail.
+
+        Raises:
+            ServiceError: for `load_state_timeout` seconds nobody gave us a state.
+        """
+        if self.scheduled_grads is not None and not self.scheduled_grads.done():
+            self._tag_along_with_zero_weight(self.scheduled_grads)
+        self.scheduled_grads = None
+        self.state_averager.step(wait_for_delayed_updates=True)
+        with self.tracker.pause_updates():
+            loaded = self.download(self.averaging_timeout)
+            if loaded and self.tracker.global_epoch - 1 <= self.local_epoch < self.tracker.global_epoch:
+                self.state_averager.local_epoch = self.tracker.global_epoch
+            self._announce_epoch()
+        if loaded:
+            self._failed_downloads = 0
+            return
+        now = time.monotonic()
+        self._behind_since = now if self._failed_downloads == 0 else self._behind_since
+        self._failed_downloads += 1
+        if now - self._behind_since > self.load_state_timeout:
+            raise ServiceError(
+                f"for {now - self._behind_since:.0f} s no peer gave us the swarm's state (it is at epoch "
+                f"{self.tracker.global_epoch}, we are at {self.local_epoch}): can they be reached from here?"
+            )
+        wait_s = min(2.0 ** (self._failed_downloads - 1), MAX_BACKOFF_S)
+        logger.warning("swarm: epoch=%s of the swarm not loaded, next try in %.0f s", self.tracker.global_epoch, wait_s)
+        time.sleep(wait_s)
+
+    def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
+        if not all(bool(torch.isfinite(grad).all()) for grad in self.grad_averager._grads_from_parameters()):
+            logger.warning("swarm: a gradient is not finite: these %d samples are left out", batch_size)
+            return False
+        return bool(super()._check_and_accumulate_gradients(batch_size, grad_scaler))
+
+    def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
+        super()._average_gradients_and_load_into_optimizer(maybe_step_control)
+        control = maybe_step_control
+        self._group_size = 1
+        if control is not None and control.done() and not control.cancelled() and control.exception() is None:
+            self._group_size = len(control.result())
+        with torch.no_grad(), self.grad_averager.get_tensors() as gradients:
+            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                logger.warning("swarm: the group's mean is not finite: this step is taken without it")
+                for gradient in gradients:
+                    gradient.zero_()
+
+    def _update_global_epoch(self, grad_scaler: Any) -> None:
+        samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent.value, time.perf_counter()
+        self._group_size = None
+        super()._update_global_epoch(grad_scaler)
+        peers = self._group_size
+        if peers is None:  # averaged in the background, or local updates: as many as the swarm counts
+            peers = max(1, self.tracker.global_progress.num_peers)
+        self._on_round(
+            RoundReport(
+                epoch=self.local_epoch, peers=peers, samples=samples, seconds=time.perf_counter() - began,
+                sent_bytes=self._sent.value - sent,
+            )
+        )  # fmt: skip
+
+    def children(self) -> list[int]:
+        """Process ids to end if closing fails."""
+        return [averager.pid for averager in (self.state_averager, self.grad_averager) if averager is not None]
+
+
+def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """``optimizer`` with its state in place, as it is before the first step.
+
+    hivemind would make it by a step with zero gradients, which decays the weights and counts as the first.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    values = [(weight.detach().clone(), weight.grad) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        for weight, (value, grad) in zip(weights, values, strict=True):
+            weight.copy_(value)
+            weight.grad = grad
+    for state in optimizer.state.values():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            step.zero_()
+        elif isinstance(step, int | float) and not math.isnan(step):
+            state["step"] = type(step)(0)
+    return optimizer
+
+
+@contextmanager
+def _kept_interrupt() -> Iterator[None]:
+    """hivemind makes this process ignore Ctrl-C when it starts an averager."""
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that was: `kill -9` leaves no orphan that others wait for."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _require_maddr(option: str, maddr: str) -> None:
+    try:
+        Multiaddr(maddr)
+    except Exception as exc:  # of several unrelated types
+        raise ConfigError(f"{option}: {maddr!r} is not a multiaddress such as /ip4/127.0.0.1/tcp/4001: {exc}") from exc
+
+
