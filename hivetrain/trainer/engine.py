@@ -68,6 +68,8 @@ class Node:
             ConfigError: an address or the identity file cannot work.
             ServiceError: none of the initial peers answered; names them.
         """
+        if not self._config.opt.get("verbose"):
+            _shorten_logs()
         for name in MADDR_OPTIONS:
             for maddr in cast(Sequence[str], self._config.dht.get(name) or ()):
                 _require_maddr(name, maddr)
@@ -140,6 +142,7 @@ class _Dht(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
         # A group of its own: Ctrl-C in a terminal must not end the libp2p daemon while we still say goodbye.
         os.setpgid(0, 0)
         _die_with(os.getppid())
+        _quieten_asyncio()
         super().run()
 
 
@@ -147,9 +150,11 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
     """What both averagers share: their process ends with ours, bytes sent are counted, downloads are checked."""
 
     sent_bytes: Any
+    heard: Any  # of the newest round: the sum of the weights that members declared to us, and how many did
 
     def run(self) -> None:
         _die_with(self._parent_pid)
+        _quieten_asyncio()
         super().run()
 
     async def _run_allreduce_inplace_(
@@ -160,7 +165,8 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             p2p=self._p2p, servicer_type=type(self), prefix=self.prefix, tensors=tensors, group_id=group_id,
             ordered_peer_ids=group_info.peer_ids, **kwargs,
         )  # fmt: skip
-        runner.sent_bytes = self.sent_bytes
+        runner.sent_bytes, runner.heard = self.sent_bytes, self.heard
+        self.heard[:] = [runner.weight, 1.0]
         self._running_groups[group_id].set_result(runner)
         async for tensor, update in azip(as_aiter(*tensors), runner):
             if update.shape != tensor.shape:
@@ -188,6 +194,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
 
 class _CountingRunner(AllReduceRunner):  # type: ignore[misc]
     sent_bytes: Any
+    heard: Any
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[Any]:
         async for message in super()._generate_input_for_peer(peer_index):
@@ -195,8 +202,18 @@ class _CountingRunner(AllReduceRunner):  # type: ignore[misc]
             yield message
 
     async def rpc_aggregate_part(self, stream: Any, context: Any) -> AsyncIterator[Any]:
-        async for message in super().rpc_aggregate_part(stream, context):
+        async for message in super().rpc_aggregate_part(self._listen(stream), context):
             self._count(message)
+            yield message
+
+    async def _listen(self, stream: Any) -> AsyncIterator[Any]:
+        first = True
+        async for message in stream:
+            if first:
+                with self.heard.get_lock():
+                    self.heard[0] += message.weight
+                    self.heard[1] += 1
+            first = False
             yield message
 
     def _count(self, message: Any) -> None:
@@ -206,7 +223,7 @@ class _CountingRunner(AllReduceRunner):  # type: ignore[misc]
 
 class _GradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
     def __init__(self, *args: Any, sent_bytes: Any, **kwargs: Any) -> None:
-        self.sent_bytes = sent_bytes
+        self.sent_bytes, self.heard = sent_bytes, multiprocessing.Array("d", 2)
         super().__init__(*args, **kwargs)
 
     @torch.no_grad()
@@ -221,7 +238,7 @@ class _GradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
 
 class _StateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]
     def __init__(self, *, sent_bytes: Any, **kwargs: Any) -> None:
-        self.sent_bytes = sent_bytes
+        self.sent_bytes, self.heard = sent_bytes, multiprocessing.Array("d", 2)
         super().__init__(**kwargs)
 
     def download(self, timeout_s: float) -> bool:
@@ -300,6 +317,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._take_samples, self._on_round, self._shares_state = take_samples, on_round, shares_state
         self._sent = multiprocessing.Value("q", 0)
         self._group_size: int | None = None
+        self._group_samples: int | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
         options = dict(config.opt)
         self._request_timeout = cast(dict[str, Any], options["averager_opts"])["request_timeout"]
@@ -405,6 +423,15 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         logger.warning("swarm: epoch=%s of the swarm not loaded, next try in %.0f s", self.tracker.global_epoch, wait_s)
         time.sleep(wait_s)
 
+    def _maybe_schedule_gradient_averaging(self) -> None:
+        # Alone, hivemind would look for a group, drop it in the end, and take a newcomer into the dropped one.
+        if self.tracker.global_progress.num_peers > 1:
+            super()._maybe_schedule_gradient_averaging()
+
+    def _maybe_schedule_state_averaging(self) -> None:
+        if self.tracker.global_progress.num_peers > 1:
+            super()._maybe_schedule_state_averaging()
+
     def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
         if not all(bool(torch.isfinite(grad).all()) for grad in self.grad_averager._grads_from_parameters()):
             logger.warning("swarm: a gradient is not finite: these %d samples are left out", batch_size)
@@ -414,9 +441,11 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
         super()._average_gradients_and_load_into_optimizer(maybe_step_control)
         control = maybe_step_control
-        self._group_size = 1
+        self._group_size, self._group_samples = 1, None
         if control is not None and control.done() and not control.cancelled() and control.exception() is None:
             self._group_size = len(control.result())
+            samples, heard = self.grad_averager.heard
+            self._group_samples = round(samples) if heard == self._group_size else None
         with torch.no_grad(), self.grad_averager.get_tensors() as gradients:
             if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
                 logger.warning("swarm: the group's mean is not finite: this step is taken without it")
@@ -425,14 +454,14 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
         samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent.value, time.perf_counter()
-        self._group_size = None
+        self._group_size = self._group_samples = None
         super()._update_global_epoch(grad_scaler)
         peers = self._group_size
         if peers is None:  # averaged in the background, or local updates: as many as the swarm counts
             peers = max(1, self.tracker.global_progress.num_peers)
         self._on_round(
             RoundReport(
-                epoch=self.local_epoch, peers=peers, samples=samples, seconds=time.perf_counter() - began,
+                epoch=self.local_epoch, peers=peers, samples=self._group_samples or samples, seconds=time.perf_counter() - began,
                 sent_bytes=self._sent.value - sent,
             )
         )  # fmt: skip
@@ -461,6 +490,7 @@ def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             step.zero_()
         elif isinstance(step, int | float) and not math.isnan(step):
             state["step"] = type(step)(0)
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule may catch up with the swarm before the first step
     return optimizer
 
 
@@ -472,6 +502,22 @@ def _kept_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _shorten_logs() -> None:
+    """One line for each of hivemind's errors: a round that fails is no reason for a traceback in a friend's terminal."""
+    for handler in logging.getLogger("hivemind").handlers:
+        handler.addFilter(_without_traceback)
+
+
+def _quieten_asyncio() -> None:
+    """In a process of hivemind's: what its loop left pending is no news when it ends."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def _die_with(parent: int) -> None:

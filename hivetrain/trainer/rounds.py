@@ -12,7 +12,8 @@ class RoundReport:
     Attributes:
         epoch: of the swarm, after it.
         peers: in our group, ourselves included; 1: nobody else was there, or averaging failed.
-        samples: of the whole swarm, as far as we had heard when it began.
+        samples: of the group, by the weights that its members declared; where no part was ours to reduce, or we were
+            alone, of the swarm, as far as the DHT had told us when the round began.
         seconds: for which our training waited.
         sent_bytes: of gradients and state that we sent to the group since the round began, without framing.
     """
