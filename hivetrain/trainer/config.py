@@ -218,5 +218,7 @@ def _averager_options(opt: Mapping[str, object]) -> dict[str, object]:
     matchmaking = cast(float, opt["matchmaking_time"])
     timeout = options.setdefault("request_timeout", min(3.0, matchmaking / 2))
     if not isinstance(timeout, int | float) or not 0 < timeout < matchmaking:
-        raise ConfigError(f"averager_opts' request_timeout must be below matchmaking_time ({matchmaking} s), got {timeout!r}")
+        raise ConfigError(
+            f"averager_opts' request_timeout must be below matchmaking_time ({matchmaking} s), got {timeout!r}"
+        )
     return options

@@ -263,20 +263,27 @@ class _StateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]
                         self.optimizer.state[weight][name] = tensor
 
     def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
-        values, moments = dump_optimizer_state(self.optimizer)
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        expected = [tuple(tensor.shape) for tensor in (*weights, *self.extra_tensors, *moments)]
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
-            return f"its epoch is {metadata.get('epoch') if isinstance(metadata, dict) else metadata!r}"
-        theirs = metadata.get("optimizer_metadata")
-        if not isinstance(theirs, list | tuple) or [_kind(one) for one in theirs] != [_kind(one) for one in values]:
-            return "its optimizer is another one"
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if shapes != expected:
-            return f"it has {len(shapes)} tensors, ours {len(expected)}, or other shapes"
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            return "it holds values that are not finite"
-        return None
+        return problem_of_state(self.optimizer, self.extra_tensors, metadata, tensors)
+
+
+def problem_of_state(
+    optimizer: torch.optim.Optimizer, extra_tensors: Sequence[torch.Tensor], metadata: Any, tensors: Sequence[Any]
+) -> str | None:
+    """What makes a downloaded state another than ours, in words; None: it can be loaded."""
+    values, moments = dump_optimizer_state(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    expected = [tuple(tensor.shape) for tensor in (*weights, *extra_tensors, *moments)]
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
+        return f"its epoch is {metadata.get('epoch') if isinstance(metadata, dict) else metadata!r}"
+    theirs = metadata.get("optimizer_metadata")
+    if not isinstance(theirs, list | tuple) or [_kind(one) for one in theirs] != [_kind(one) for one in values]:
+        return "its optimizer is another one"
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if shapes != expected:
+        return f"it has {len(shapes)} tensors, ours {len(expected)}, or other shapes"
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        return "it holds values that are not finite"
+    return None
 
 
 def _kind(entry: Any) -> Any:
@@ -533,5 +540,3 @@ def _require_maddr(option: str, maddr: str) -> None:
         Multiaddr(maddr)
     except Exception as exc:  # of several unrelated types
         raise ConfigError(f"{option}: {maddr!r} is not a multiaddress such as /ip4/127.0.0.1/tcp/4001: {exc}") from exc
-
-

@@ -37,7 +37,9 @@ def _read(peers_file: str) -> list[str]:
     path = Path(peers_file).expanduser()
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"peers_file {peers_file} has {path.stat().st_size} bytes; one address a line is expected")
+            raise ConfigError(
+                f"peers_file {peers_file} has {path.stat().st_size} bytes; one address a line is expected"
+            )
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"peers_file {peers_file} cannot be read: {exc}") from exc

@@ -65,7 +65,9 @@ def check_trainer(facts: TrainerFacts, config: SwarmConfig) -> None:
         )
     given = config.opt.get("batch_size_per_step")
     if given not in (None, facts.batch_per_step):
-        problems.append(f"batch_size_per_step is {given!r}, but a step has {facts.batch_per_step} samples: leave it out")
+        problems.append(
+            f"batch_size_per_step is {given!r}, but a step has {facts.batch_per_step} samples: leave it out"
+        )
     if facts.schedule in LOCAL_SCHEDULES:
         problems.append(
             f"lr_scheduler_type {facts.schedule!r} follows this peer's own metrics, and peers would train with "

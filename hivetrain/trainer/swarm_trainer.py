@@ -133,7 +133,9 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
         if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)) or (
             {"params", "model", "optimizer_dict"} & settings.keys()
         ):
-            raise ConfigError(f"optim={args.optim!r} builds its own parameter groups, which a swarm cannot: use another")
+            raise ConfigError(
+                f"optim={args.optim!r} builds its own parameter groups, which a swarm cannot: use another"
+            )
         print_of = fingerprint(model, _in_words(optimizer_cls, settings, args), self._schedule_in_words(), self._config)
         node = Node(self._config)
         node.start()
