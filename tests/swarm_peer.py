@@ -1,6 +1,10 @@
-"""One peer of a swarm as a user would write it: a process of its own, told what to do by JSON on its command line.
+"""Peers of a swarm as a user would write them, each a process of its own.
 
-Prints ``RESULT`` and JSON when training ended; hivetrain's own lines and the log go where they go for a user.
+This process is a nursery: it imports what a peer needs once, which takes most of a peer's life, and forks one peer for
+each line of JSON on its input: ``options`` (one training or a list), ``log`` (a file for its output; its exit status
+comes to the same path with ``.exit``) and ``peers``. It answers with the peer's process id.
+
+A peer prints ``RESULT`` and JSON when a training ended; hivetrain's own lines and the log go where they go for a user.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ import hashlib
 import json
 import logging
 import os
+import random
+import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -17,16 +24,46 @@ from typing import Any
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    import peft  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    import hivetrain.trainer.engine
+    import hivetrain.trainer.swarm_trainer  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        if pid := os.fork():
+            threading.Thread(target=reap, args=(pid, order["log"] + ".exit"), daemon=True).start()
+            print(pid, flush=True)
+            continue
+        become_a_peer(order)
+        options = order["options"]
+        for scenario in options if isinstance(options, list) else [options]:
+            print("RESULT " + json.dumps(run(scenario)), flush=True)
+        return  # through the interpreter's own exit, as a script ends
+
+
+def reap(pid: int, file: str) -> None:
+    _, status = os.waitpid(pid, 0)
+    Path(file).write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+def become_a_peer(order: dict[str, Any]) -> None:
+    """What makes a forked process look as if it had been started by itself."""
+    os.setsid()
+    output = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ["PEERS"] = order["peers"]
+    random.seed()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("hivetrain").setLevel(logging.INFO)
-    options = json.loads(sys.argv[1])
-    for scenario in options if isinstance(options, list) else [options]:
-        print("RESULT " + json.dumps(run(scenario)), flush=True)
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Arguments of a Trainer that joins a swarm: `TrainingArguments` and one dict.
 
-They print, pickle, save and load like any `TrainingArguments`: `hivemind_config` is kept as a plain dict of JSON values,
-however it was given.
+They print, pickle, save and load like any `TrainingArguments`: `hivemind_config` is kept as a plain dict of JSON
+values, however it was given.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SwarmArguments(TrainingArguments):  # type: ignore[misc]  # transformers h
             read_config(config)
             # The base would turn a run_id of digits into a number if it parsed the string itself.
             self.hivemind_config = config
-            if self.data_seed is None:
+            if self.data_seed is None:  # type: ignore[has-type]
                 # Peers that run one script with one seed would draw the same batches and learn nothing from each other.
                 self.data_seed = secrets.randbelow(1 << 31)
         if self.swarm_epochs < 0:

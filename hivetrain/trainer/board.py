@@ -17,8 +17,8 @@ from hivetrain.trainer.membership import Ending, Presence, agreed, canonical, el
 
 logger = logging.getLogger(__name__)
 
-PRESENCE_S = 60.0
-REFRESH_S = 20.0
+PRESENCE_S = 30.0
+REFRESH_S = 8.0
 ENDING_S = 600.0
 POLL_S = 0.5
 
@@ -99,10 +99,10 @@ class Board:
             state: the epoch at which we ended, and the hash of what we hold.
             download: loads the newest state that is shared; whether that worked.
             keep_sharing: whether others may download ours.
-            deadline_s: how long to wait for the others.
+            deadline_s: how long to wait for the others to end; and then, how long for one state among those who did.
 
         Returns:
-            Whether all who are here ended with one state.
+            Whether all who are here ended with one state; past the deadline, all who ended.
         """
         until, (epoch, ours) = clock() + deadline_s, state()
         self._publish_ending(epoch, ours)
@@ -111,9 +111,11 @@ class Board:
             found = {ending.peer_id: ending for ending in self._endings()}
             found[self.me.peer_id] = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=ours)
             present = [found[peer_id] for peer_id in expected if peer_id in found]
+            if (late := clock() - until) >= 0:  # whoever was killed is still listed for a while
+                expected = [ending.peer_id for ending in present]
             if agreed(found, expected):
                 return True
-            if clock() >= until:
+            if late >= deadline_s:
                 return False
             chosen = canonical(present)
             mine = chosen is None or chosen.digest == ours

@@ -50,12 +50,12 @@ _REFUSED = {
     "scheduler": "set `lr_scheduler_type` in SwarmArguments; it follows the swarm's epoch",
     "grad_averager_factory": "SwarmTrainer passes its own",
     "extra_tensors": "tensors cannot stand in a configuration",
-    "reuse_grad_buffers": "a Trainer zeroes the model's gradients after each step: all but the last batch would be lost",
+    "reuse_grad_buffers": "a Trainer zeroes gradients after each step: all but the last batch would be lost",
     "auxiliary": "a Trainer trains: an auxiliary peer has no batches",
 }
 
-# Measured on loopback: state averaged in the background leaves peers a few percent apart at any given moment; hivemind's
-# own 15 s of matchmaking and 10 s between looks at the swarm's progress suit long epochs over slow links.
+# Measured on loopback: state averaged in the background leaves peers a few percent apart at any given moment;
+# hivemind's own 15 s of matchmaking and 10 s between looks at the swarm's progress suit long epochs over slow links.
 DEFAULTS: Mapping[str, object] = {
     "matchmaking_time": 5.0,
     "averaging_timeout": 60.0,
@@ -159,7 +159,8 @@ def read_config(value: Mapping[str, object] | str, extra_peers: Sequence[str] = 
     run_id, target = opt.pop("run_id", None), opt.pop("target_batch_size", None)
     if not isinstance(run_id, str) or not run_id or "." in run_id or len(run_id) > 200:
         raise ConfigError(
-            f"hivemind_config['opt']['run_id'] must be the swarm's name, 1 to 200 characters without a '.', got {run_id!r}"
+            "hivemind_config['opt']['run_id'] must be the swarm's name, 1 to 200 characters without a '.', "
+            f"got {run_id!r}"
         )
     if not isinstance(target, int) or isinstance(target, bool) or target < 1:
         raise ConfigError(

@@ -1,21 +1,16 @@
-"""The adapter to `hivemind.Optimizer`, which stays the engine of the rounds: its DHT, and what we bend in it.
+"""The adapter to `hivemind.Optimizer`, which stays the engine of the rounds, and what we bend in it.
 
-The only importer of hivemind in the trainer. Bent, each because it was measured to go wrong otherwise: a download of
-the swarm's state that is retried without end, or believed without a look at its shapes; micro-batches of different
-sizes weighed wrongly; a gradient that is not finite and would be everyone's; Ctrl-C ignored from the first averager on;
-processes that outlive the one they served; a terminal's Ctrl-C that ends the libp2p daemon before us.
+Bent, each because it was measured to go wrong otherwise: a download of the swarm's state that is retried without end,
+or believed without a look at its shapes; batches of different sizes weighed wrongly; a gradient that is not finite and
+would be everyone's; Ctrl-C ignored from the first averager on; processes that outlive the one they served.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
-import math
 import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,23 +21,19 @@ import torch
 from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.averager import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException
-from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
-from hivemind.p2p import P2PDaemonError
 from hivemind.utils import get_dht_time
 from hivemind.utils.asyncio import as_aiter, azip
-from hivemind.utils.multiaddr import Multiaddr
 
-from hivetrain.errors import ConfigError, ServiceError
-from hivetrain.trainer.config import COMPRESSION_OPTIONS, MADDR_OPTIONS, SwarmConfig
+from hivetrain.errors import ServiceError
+from hivetrain.trainer.config import COMPRESSION_OPTIONS, SwarmConfig
+from hivetrain.trainer.node import Node, die_with, quieten_asyncio
 from hivetrain.trainer.rounds import RoundReport
 
 logger = logging.getLogger(__name__)
 
-DHT_TIMEOUT_S = 20.0
 MAX_BACKOFF_S = 30.0
-PR_SET_PDEATHSIG = 1
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "none": hivemind.compression.NoCompression,
@@ -54,98 +45,6 @@ _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
 }
 
 
-class Node:
-    """A DHT node in a process of its own, and the signed records that we keep there."""
-
-    def __init__(self, config: SwarmConfig) -> None:
-        self._config = config
-        self.dht: Any = None
-
-    def start(self) -> None:
-        """Join the DHT, or begin one.
-
-        Raises:
-            ConfigError: an address or the identity file cannot work.
-            ServiceError: none of the initial peers answered; names them.
-        """
-        if not self._config.opt.get("verbose"):
-            _shorten_logs()
-        for name in MADDR_OPTIONS:
-            for maddr in cast(Sequence[str], self._config.dht.get(name) or ()):
-                _require_maddr(name, maddr)
-        peers = self._config.initial_peers
-        self._validator = RSASignatureValidator()
-        try:
-            self.dht = _Dht(start=True, record_validators=[self._validator], **self._config.dht)
-        except (FileNotFoundError, PermissionError) as exc:
-            raise ConfigError(f"identity_path {self._config.dht.get('identity_path')} cannot be used: {exc}") from exc
-        except (P2PDaemonError, RuntimeError, OSError, ValueError, TypeError, AssertionError, TimeoutError) as exc:
-            where = f" through {', '.join(peers)}" if peers else ""
-            raise ServiceError(
-                f"cannot join the swarm{where}: {exc}. Is one of these peers running and reachable from here, and are "
-                "the addresses of host_maddrs free to listen on?"
-            ) from exc
-
-    @property
-    def peer_id(self) -> str:
-        return str(self.dht.peer_id.to_base58())
-
-    def visible_maddrs(self) -> list[str]:
-        """Where others reach us, with ``/p2p/ID``."""
-        return [str(maddr) for maddr in self.dht.get_visible_maddrs()]
-
-    def now(self) -> float:
-        """The swarm's clock, in seconds."""
-        return float(get_dht_time())
-
-    def publish(self, key: str, value: object | None, expires_in_s: float) -> None:
-        """Store our record under ``key``, signed; None takes it back.
-
-        Raises:
-            ServiceError: no node took it.
-        """
-        future = self.dht.store(
-            key, value, get_dht_time() + expires_in_s, subkey=self._validator.local_public_key, return_future=True
-        )
-        if not self._wait(future, key):
-            raise ServiceError(f"the DHT did not store {key!r}")
-
-    def read(self, key: str) -> list[object]:
-        """Everyone's unexpired records under ``key``, as they wrote them.
-
-        Raises:
-            ServiceError: the DHT did not answer.
-        """
-        found = self._wait(self.dht.get(key, latest=True, return_future=True), key)
-        if found is None or not isinstance(found.value, dict):
-            return []
-        return [entry.value for entry in found.value.values() if getattr(entry, "value", None) is not None]
-
-    def close(self) -> None:
-        if self.dht is not None:
-            self.dht.shutdown()
-
-    def children(self) -> list[int]:
-        """Process ids to end if closing fails."""
-        return [self.dht.ident] if self.dht is not None and self.dht.is_alive() else []
-
-    @staticmethod
-    def _wait(future: Any, key: str) -> Any:
-        try:
-            return future.result(DHT_TIMEOUT_S)
-        except Exception as exc:  # hivemind documents none of what its DHT raises
-            raise ServiceError(f"the DHT did not answer for {key!r}: {exc!r}") from exc
-
-
-class _Dht(hivemind.DHT):  # type: ignore[misc]  # hivemind has no types
-    def run(self) -> None:
-        # A group of its own: Ctrl-C in a terminal must not end the libp2p daemon while we still say goodbye.
-        os.setpgid(0, 0)
-        _die_with(os.getppid())
-        _quieten_asyncio()
-        super().run()
-
-
 class _Averager(DecentralizedAverager):  # type: ignore[misc]
     """What both averagers share: their process ends with ours, bytes sent are counted, downloads are checked."""
 
@@ -153,8 +52,8 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
     heard: Any  # of the newest round: the sum of the weights that members declared to us, and how many did
 
     def run(self) -> None:
-        _die_with(self._parent_pid)
-        _quieten_asyncio()
+        die_with(self._parent_pid)
+        quieten_asyncio()
         super().run()
 
     async def _run_allreduce_inplace_(
@@ -326,6 +225,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._group_size: int | None = None
         self._group_samples: int | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
+        self.scheduled_grads: Any = None
         options = dict(config.opt)
         self._request_timeout = cast(dict[str, Any], options["averager_opts"])["request_timeout"]
         options["batch_size_per_step"] = batch_size_per_step
@@ -373,7 +273,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def download(self, timeout_s: float) -> bool:
         """Load the newest state that a peer shares. Returns whether there was one as new as ours."""
-        loaded = self.state_averager.download(timeout_s)
+        loaded = bool(self.state_averager.download(timeout_s))
         if loaded:
             self._announce_epoch()
         return loaded
@@ -468,37 +368,17 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             peers = max(1, self.tracker.global_progress.num_peers)
         self._on_round(
             RoundReport(
-                epoch=self.local_epoch, peers=peers, samples=self._group_samples or samples, seconds=time.perf_counter() - began,
+                epoch=self.local_epoch,
+                peers=peers,
+                samples=self._group_samples or samples,
+                seconds=time.perf_counter() - began,
                 sent_bytes=self._sent.value - sent,
             )
-        )  # fmt: skip
+        )
 
     def children(self) -> list[int]:
         """Process ids to end if closing fails."""
         return [averager.pid for averager in (self.state_averager, self.grad_averager) if averager is not None]
-
-
-def with_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """``optimizer`` with its state in place, as it is before the first step.
-
-    hivemind would make it by a step with zero gradients, which decays the weights and counts as the first.
-    """
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    values = [(weight.detach().clone(), weight.grad) for weight in weights]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    with torch.no_grad():
-        for weight, (value, grad) in zip(weights, values, strict=True):
-            weight.copy_(value)
-            weight.grad = grad
-    for state in optimizer.state.values():
-        if isinstance(step := state.get("step"), torch.Tensor):
-            step.zero_()
-        elif isinstance(step, int | float) and not math.isnan(step):
-            state["step"] = type(step)(0)
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule may catch up with the swarm before the first step
-    return optimizer
 
 
 @contextmanager
@@ -509,34 +389,3 @@ def _kept_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def _shorten_logs() -> None:
-    """One line for each of hivemind's errors: a round that fails is no reason for a traceback in a friend's terminal."""
-    for handler in logging.getLogger("hivemind").handlers:
-        handler.addFilter(_without_traceback)
-
-
-def _quieten_asyncio() -> None:
-    """In a process of hivemind's: what its loop left pending is no news when it ends."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    record.exc_info = record.exc_text = None
-    return True
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends, however that was: `kill -9` leaves no orphan that others wait for."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _require_maddr(option: str, maddr: str) -> None:
-    try:
-        Multiaddr(maddr)
-    except Exception as exc:  # of several unrelated types
-        raise ConfigError(f"{option}: {maddr!r} is not a multiaddress such as /ip4/127.0.0.1/tcp/4001: {exc}") from exc

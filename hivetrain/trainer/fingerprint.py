@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
 
@@ -80,7 +79,7 @@ def _samples(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[bytes]:
         sample = flat[::stride][:SAMPLED].cpu()
         # Quantized weights are bytes; everything else in one type, so that the dtype it was loaded with may differ.
         exact = sample if sample.dtype in (torch.uint8, torch.int8) else sample.to(torch.bfloat16).view(torch.int16)
-        yield cast(bytes, exact.contiguous().numpy().tobytes())
+        yield exact.contiguous().numpy().tobytes()
 
 
 def _digest(pieces: Iterable[bytes]) -> str:

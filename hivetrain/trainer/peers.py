@@ -28,7 +28,7 @@ def peers_of(environ: Mapping[str, str], peers_file: str | None) -> list[str]:
     for source, peer in found:
         if not peer.startswith("/") or "/p2p/" not in peer:
             raise ConfigError(
-                f"{source} holds {peer!r}, which is not a peer's address such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
+                f"{source} holds {peer!r}, which is no peer's address such as /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
             )
     return list(dict.fromkeys(peer for _, peer in found))
 

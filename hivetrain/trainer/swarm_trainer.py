@@ -23,6 +23,7 @@ from hivetrain.trainer.board import Board
 from hivetrain.trainer.callback import SwarmCallback
 from hivetrain.trainer.config import read_config
 from hivetrain.trainer.fingerprint import fingerprint
+from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.membership import Presence
 from hivetrain.trainer.peers import join_lines, peers_of
 from hivetrain.trainer.preflight import TrainerFacts, check_trainer, plan_epochs, steps_bound
@@ -119,14 +120,15 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A view of the schedule that the swarm's optimizer steps."""
-        self.lr_scheduler = SwarmSchedule(self.optimizer if optimizer is None else optimizer)
+        self.lr_scheduler: SwarmSchedule | None = SwarmSchedule(self.optimizer if optimizer is None else optimizer)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _join(self, model: torch.nn.Module) -> Session:
         with warnings.catch_warnings():  # what hivemind's imports deprecate is not ours to change
             warnings.simplefilter("ignore")
-            from hivetrain.trainer.engine import Node, SwarmOptimizer, with_state
+            from hivetrain.trainer.engine import SwarmOptimizer
+            from hivetrain.trainer.node import Node
 
         args = self.args
         optimizer_cls, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args, model)
@@ -220,7 +222,7 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
         session, self._session = self._session, None
         if session is not None:
             # A second `train` joins anew.
-            self.optimizer = self.lr_scheduler = None
+            self.optimizer, self.lr_scheduler = None, None
             session.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 
@@ -41,8 +40,8 @@ def presence(peer_id: str, since: float = 0.0, epochs: int = 10, model: str = "g
 
 
 @pytest.fixture
-def records() -> Iterator[Records]:
-    yield Records()
+def records() -> Records:
+    return Records()
 
 
 def board(records: Records, me: Presence, asked: int = 0) -> Board:
@@ -184,8 +183,27 @@ def test_nobody_downloads_before_everyone_has_ended(records: Records) -> None:
 
 def test_a_peer_that_never_ends_costs_the_deadline_and_no_more(records: Records) -> None:
     a, b = End(records, "a", 0, "x"), End(records, "b", 1, "x")
-    assert not a.settle()
+    assert a.settle()
     assert 5.0 <= a.now < 6.0
+    for end in (a, b):
+        end.board.close()
+
+
+def test_past_the_deadline_those_who_ended_agree_without_the_silent_one(records: Records) -> None:
+    a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "z")]))
+    a.board._publish_ending(10, "x")
+    assert b.settle(source="x")
+    assert (b.digest, b.downloads) == ("x", 1)
+    assert 5.0 <= b.now < 6.0
+    for end in (a, b, c):
+        end.board.close()
+
+
+def test_a_state_that_nobody_gives_is_not_waited_for_without_end(records: Records) -> None:
+    a, b = End(records, "a", 0, "x"), End(records, "b", 1, "y")
+    a.board._publish_ending(10, "x")
+    assert not b.settle()
+    assert 10.0 <= b.now < 11.0
     for end in (a, b):
         end.board.close()
 

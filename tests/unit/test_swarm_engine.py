@@ -12,17 +12,18 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from hivetrain.trainer import engine
+    from hivetrain.trainer import engine, node
 
 from hivetrain.errors import ConfigError
 from hivetrain.trainer.config import read_config
+from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.rounds import RoundReport
 from hivetrain.trainer.schedule import SwarmSchedule
 
 
 def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = engine.with_state(torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5))
+    optimizer = with_state(torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5))
     assert weight.tolist() == [1.0, 1.0, 1.0]
     assert weight.grad is None
     assert float(optimizer.state[weight]["step"]) == 0
@@ -54,7 +55,7 @@ def test_batches_of_different_sizes_weigh_as_many_samples_as_they_have() -> None
 
 @pytest.fixture
 def adamw() -> torch.optim.Optimizer:
-    return engine.with_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]))
+    return with_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]))
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -92,7 +93,7 @@ def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:
         {"dht": {"host_maddrs": ["/ip4/localhost/tcp/x"]}, "opt": {"run_id": "a", "target_batch_size": 1}}
     )
     with pytest.raises(ConfigError, match="host_maddrs: '/ip4/localhost/tcp/x' is not a multiaddress"):
-        engine.Node(config).start()
+        node.Node(config).start()
 
 
 def test_the_trainers_schedule_is_a_view_that_steps_nothing() -> None:
