@@ -42,6 +42,7 @@ class Node:
         """
         if not self._config.opt.get("verbose"):
             _shorten_logs()
+        logging.getLogger("asyncio").addFilter(_not_left_by_hivemind)
         for name in MADDR_OPTIONS:
             for maddr in cast(Sequence[str], self._config.dht.get(name) or ()):
                 _require_maddr(name, maddr)
@@ -127,6 +128,12 @@ def _shorten_logs() -> None:
 def quieten_asyncio() -> None:
     """In a process of hivemind's: what its loop left pending is no news when it ends."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _not_left_by_hivemind(record: logging.LogRecord) -> bool:
+    """What the loop of its progress tracker leaves pending is told when the process ends, and is no news."""
+    text = record.getMessage()
+    return not (text.startswith("Task was destroyed but it is pending") and "wait_for()" in text)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
