@@ -22,8 +22,9 @@ from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.averager import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException
 from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.progress_tracker import ProgressTracker
 from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
-from hivemind.utils import get_dht_time
+from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.asyncio import as_aiter, azip
 
 from hivetrain.errors import ServiceError
@@ -192,6 +193,16 @@ def _kind(entry: Any) -> Any:
     return (entry.get("type"), entry["index"]) if entry.get("type") == "tensor" else type(entry.get("value")).__name__
 
 
+class _Tracker(ProgressTracker):  # type: ignore[misc]
+    def _parse_swarm_progress_data(self, metadata: Any) -> Any:
+        # What the DHT holds of ourselves is older than what we know: with it, an epoch would last some steps longer.
+        ours = self.local_progress
+        if isinstance(metadata, dict) and metadata and (ours.samples_accumulated or self._local_public_key in metadata):
+            entry = ValueWithExpiration(ours.dict(), get_dht_time() + self.metadata_expiration)
+            metadata = {**metadata, self._local_public_key: entry}
+        return super()._parse_swarm_progress_data(metadata)
+
+
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     """`hivemind.Optimizer` for a Trainer.
 
@@ -241,6 +252,17 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
             )  # fmt: skip
 
+    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> _Tracker:
+        return _Tracker(
+            dht=self.dht,
+            prefix=self.run_id,
+            target_batch_size=target_batch_size,
+            client_mode=self.client_mode,
+            status_loglevel=self.status_loglevel,
+            start=True,
+            **kwargs,
+        )
+
     def _make_state_averager(self, **kwargs: Any) -> _StateAverager:
         sharing = self._shares_state and not self.client_mode
         return _StateAverager(
@@ -285,6 +307,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     def _announce_epoch(self) -> None:
         self.state_averager.relink()
         self.state_averager._update_scheduler()
+        known = self.tracker.global_progress
+        if self.local_epoch > known.epoch:  # until it hears of it, the tracker would not count our samples
+            known.epoch, known.samples_accumulated, known.eta_next_epoch = self.local_epoch, 0, float("inf")
         self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
         if not self.client_mode:
             self.state_averager.state_sharing_priority = self.local_epoch

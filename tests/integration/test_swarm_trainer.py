@@ -198,7 +198,7 @@ def test_what_was_silently_wrong_alone_is_right_now(start: Start, tmp_path: Path
 
 
 def test_another_model_under_the_same_run_id_is_refused_and_the_swarm_goes_on(start: Start) -> None:
-    options = {"args": swarm(epochs=4), "pace_s": 0.4}
+    options = {"args": swarm(epochs=4), "pace_s": 0.2}
     first = start(options)
     refused = start({**options, "width": 32}, first.address()).result()
     assert refused["error"] == "ConfigError"
