@@ -57,7 +57,7 @@ def start(options: dict[str, Any], log: Path) -> tuple[subprocess.Popen[bytes], 
 
 def main() -> int:
     options = arguments("blocked share of the wall time per round, against stock hivemind.Optimizer")
-    turns, epochs = (1, 7) if options.quick else (3, 12)
+    turns, epochs = (1, 9) if options.quick else (3, 14)
     measured: dict[str, list[tuple[float, float]]] = {"SwarmTrainer": [], "stock Trainer and hivemind.Optimizer": []}
     for _ in range(turns):
         for name, values in measured.items():

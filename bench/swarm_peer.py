@@ -27,7 +27,7 @@ def main() -> None:
 
 
 class Timer:
-    """How long training waits inside the optimizer's step, from the swarm's second epoch on."""
+    """How long training waits inside the optimizer's step, while both peers are there: neither joining nor leaving."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -50,11 +50,12 @@ class Timer:
                 self.entered = time.perf_counter()
 
             def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-                now, epoch = time.perf_counter(), trainer.optimizer.optimizer.local_epoch
-                if timer._began:
+                now, swarm = time.perf_counter(), trainer.optimizer.optimizer
+                epoch = swarm.local_epoch
+                if timer._began and epoch <= options["epochs"] - 2:
                     timer._blocked += now - self.entered
                     timer._ended, timer._last = now, epoch
-                elif epoch >= 2:
+                elif not timer._began and epoch >= 2 and swarm.tracker.global_progress.num_peers == 2:
                     timer._began, timer._first = now, epoch
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

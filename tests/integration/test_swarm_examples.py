@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -55,8 +56,19 @@ def test_the_dora_example_trains_with_a_friend_who_copies_the_printed_line(tmp_p
     assert (tmp_path / "b" / "adapter_model.safetensors").exists()
 
 
-def test_the_causal_lm_example_trains_alone(tmp_path: Path) -> None:
+def test_the_causal_lm_example_and_the_notebook_train_alone(tmp_path: Path) -> None:
     process = example("causal_lm.py", tmp_path / "a", {}, "--max_steps", "24")
+    cells = json.loads((ROOT / "examples" / "train_with_friends.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    script = (
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\n{code}\nprint('ROUNDS', len(trainer.rounds))\n"
+    )
+    notebook = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     assert process.wait(90) == 0, (tmp_path / "a.log").read_text()
     assert "swarm: epoch=3 " in (tmp_path / "a.log").read_text()
     assert (tmp_path / "a" / "model.safetensors").exists()
+    assert notebook.returncode == 0, notebook.stderr
+    assert "ROUNDS 6" in notebook.stdout
