@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
+import time
+import types
 import warnings
 from typing import Any
 
@@ -14,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from hivetrain.trainer import engine, node
 
-from hivetrain.errors import ConfigError
+from hivetrain.errors import ConfigError, ServiceError
 from hivetrain.trainer.config import read_config
 from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.rounds import RoundReport
@@ -112,3 +115,38 @@ def test_a_round_is_reported_with_peers_samples_seconds_and_bytes() -> None:
         "swarm_epoch": 3, "swarm_peers": 2, "swarm_samples": 130, "swarm_seconds": 1.234, "swarm_sent_bytes": 4096,
     }  # fmt: skip
     assert report.postfix() == "swarm epoch 3, 2 peers, 130 samples, 1.2 s"
+
+
+class Averager:
+    """A state averager to whom nobody gives a state."""
+
+    local_epoch = 3
+
+    def step(self, **kwargs: bool) -> None: ...
+    def relink(self) -> None: ...
+    def _update_scheduler(self) -> None: ...
+    def download(self, timeout_s: float) -> bool:
+        return False
+
+
+class Tracker:
+    global_epoch = 9
+    global_progress = types.SimpleNamespace(epoch=9)
+
+    def pause_updates(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def report_local_progress(self, epoch: int, samples_accumulated: int) -> None: ...
+
+
+def test_a_swarm_that_gives_no_state_is_asked_for_a_bounded_time() -> None:
+    optimizer = object.__new__(engine.SwarmOptimizer)
+    optimizer.__dict__.update(
+        _parent_pid=0, scheduled_grads=None, state_averager=Averager(), tracker=Tracker(), grad_averager=None,
+        client_mode=True, averaging_timeout=1.0, load_state_timeout=60.0, _failed_downloads=7,
+        _behind_since=time.monotonic() - 61,
+    )  # fmt: skip
+    with pytest.raises(
+        ServiceError, match=r"for 61 s no peer gave us the swarm's state \(it is at epoch 9, we are at 3\)"
+    ):
+        optimizer.load_state_from_peers()
