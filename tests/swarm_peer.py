@@ -2,7 +2,8 @@
 
 This process is a nursery: it imports what a peer needs once, which takes most of a peer's life, and forks one peer for
 each line of JSON on its input: ``options`` (one training or a list), ``log`` (a file for its output; its exit status
-comes to the same path with ``.exit``) and ``peers``. It answers with the peer's process id.
+comes to the same path with ``.exit``) and ``peers``. It answers with the peer's process id. With ``script`` and
+``arguments`` instead of ``options``, the peer is that script.
 
 A peer prints ``RESULT`` and JSON when a training ended; hivetrain's own lines and the log go where they go for a user.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import random
+import runpy
 import signal
 import sys
 import threading
@@ -41,6 +43,11 @@ def main() -> None:
             print(pid, flush=True)
             continue
         become_a_peer(order)
+        if "script" in order:
+            sys.argv = [order["script"], *order["arguments"]]
+            sys.path.insert(0, str(Path(order["script"]).parent))
+            runpy.run_path(order["script"], run_name="__main__")
+            return
         options = order["options"]
         for scenario in options if isinstance(options, list) else [options]:
             print("RESULT " + json.dumps(run(scenario)), flush=True)

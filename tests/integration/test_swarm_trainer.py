@@ -23,6 +23,7 @@ START_S = 60.0
 END_S = 80.0
 
 Options = dict[str, Any]
+EXAMPLES = ROOT / "examples"
 
 
 class Peer:
@@ -94,15 +95,20 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
 def start(nursery: subprocess.Popen[str], tmp_path: Path) -> Iterator[Start]:
     started: list[Peer] = []
 
-    def one(options: Options | list[Options], peers: str = "") -> Peer:
+    def one(options: Options | list[Any], peers: str = "", script: Path | None = None) -> Peer:
         name = f"peer-{len(started)}"
+        if script is not None:
+            return fork({"script": str(script), "arguments": options}, name, peers)
         listed = [dict(scenario) for scenario in (options if isinstance(options, list) else [options])]
         for place, scenario in enumerate(listed):
             scenario.setdefault("out", str(tmp_path / f"{name}-{place}"))
+        return fork({"options": listed}, name, peers)
+
+    def fork(order: dict[str, object], name: str, peers: str) -> Peer:
         log = tmp_path / f"{name}.log"
         assert nursery.stdin is not None
         assert nursery.stdout is not None
-        nursery.stdin.write(json.dumps({"options": listed, "log": str(log), "peers": peers}) + "\n")
+        nursery.stdin.write(json.dumps({**order, "log": str(log), "peers": peers}) + "\n")
         nursery.stdin.flush()
         started.append(Peer(int(nursery.stdout.readline()), log))
         return started[-1]
@@ -221,3 +227,34 @@ def test_ctrl_c_ends_training_without_a_traceback(start: Start, twice: bool) -> 
     assert ("RESULT" in peer.text) is not twice
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_the_dora_example_trains_with_a_friend_who_copies_the_printed_line(start: Start, tmp_path: Path) -> None:
+    def example(name: str, peers: str, steps: str) -> Peer:
+        arguments = ["--run_id", "t", "--output_dir", str(tmp_path / name), "--max_steps", steps]
+        return start(arguments, peers, script=EXAMPLES / "dora.py")
+
+    first = example("a", "", "2000")
+    friend = example("b", first.address(), "8")
+    # The friend leaves after its own steps, with what the two have trained so far.
+    assert friend.wait(END_S) == 0, friend.text
+    assert "loaded from the swarm" in friend.text
+    assert "Traceback" not in friend.text
+    assert (tmp_path / "b" / "adapter_model.safetensors").exists()
+
+
+def test_the_causal_lm_example_and_the_notebook_train_alone(start: Start, tmp_path: Path) -> None:
+    cells = json.loads((EXAMPLES / "train_with_friends.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    notebook = tmp_path / "notebook.py"
+    notebook.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(EXAMPLES)!r})\nos.chdir({str(tmp_path)!r})\n{code}\n"
+        "print('ROUNDS', len(trainer.rounds))\n"
+    )
+    arguments = ["--run_id", "t", "--output_dir", str(tmp_path / "a"), "--max_steps", "24"]
+    script, cells_ = start(arguments, script=EXAMPLES / "causal_lm.py"), start([], script=notebook)
+    assert script.wait(END_S) == 0, script.text
+    assert "swarm: epoch=3 " in script.text
+    assert (tmp_path / "a" / "model.safetensors").exists()
+    assert cells_.wait(END_S) == 0, cells_.text
+    assert "ROUNDS 6" in cells_.text
