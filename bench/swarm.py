@@ -28,8 +28,8 @@ TIMEOUT_S = 300.0
 def share(stock: bool, epochs: int, folder: Path) -> tuple[float, float]:
     """Blocked share of the wall time, and blocked seconds per round, of the worse of two peers."""
     options: dict[str, Any] = {
-        "stock": stock, "epochs": epochs, "target": 160, "pace_s": 0.2,
-        "times": {"matchmaking_time": 3.0, "averaging_timeout": 20.0}, "peers": [],
+        "stock": stock, "epochs": epochs, "target": 160, "pace_s": 0.15,
+        "times": {"matchmaking_time": 2.0, "averaging_timeout": 20.0}, "peers": [],
     }  # fmt: skip
     first, log = start({**options, "out": str(folder / "a")}, folder / "a.log")
     deadline = time.monotonic() + TIMEOUT_S
@@ -68,7 +68,7 @@ def main() -> int:
         for name, values in measured.items()
     }
     rows = [(name, f"{100 * part:.1f}%", f"{seconds:.2f}") for name, (part, seconds) in medians.items()]
-    table("Two peers, rounds of about 4 s of work", ("case", "blocked share of the time", "blocked s per round"), rows)
+    table("Two peers, rounds of about 3 s of work", ("case", "blocked share of the time", "blocked s per round"), rows)
     ours, stock = (value[0] for value in medians.values())
     claims: list[Claim] = [at_most("blocked share, SwarmTrainer over stock", ours / stock, GOAL)]
     return report(claims, options.json)

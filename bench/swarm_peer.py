@@ -27,7 +27,7 @@ def main() -> None:
 
 
 class Timer:
-    """How long training waits inside the optimizer's step, while both peers are there: neither joining nor leaving."""
+    """How long training waits inside the optimizer's step, while both peers are there: neither joins nor leaves."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options

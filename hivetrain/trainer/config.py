@@ -61,7 +61,7 @@ DEFAULTS: Mapping[str, object] = {
     "averaging_timeout": 60.0,
     "load_state_timeout": 300.0,
     "delay_state_averaging": False,
-    "average_state_every": 5,
+    "average_state_every": 10,
 }
 TRACKER_DEFAULTS: Mapping[str, object] = {"max_refresh_period": 2.0, "default_refresh_period": 1.0}
 

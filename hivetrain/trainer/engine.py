@@ -35,6 +35,7 @@ from hivetrain.trainer.rounds import RoundReport
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
+FIRST_ESTIMATE_S = 0.1
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "none": hivemind.compression.NoCompression,
@@ -251,6 +252,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
             )  # fmt: skip
+        # Without a first estimate hivemind looks for the first group for a state only when training waits for it.
+        for estimate in (self.delay_before_state_averaging, self.state_averager.delay_before_averaging):
+            estimate.update(task_size=1, interval=FIRST_ESTIMATE_S)
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> _Tracker:
         return _Tracker(

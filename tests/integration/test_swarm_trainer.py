@@ -161,7 +161,11 @@ def test_dora_peers_send_only_adapters_and_pending_updates_are_applied_before_sa
 
 def test_peers_go_on_without_one_that_is_killed_and_take_in_another(start: Start) -> None:
     timeout_s = 10.0
-    options = {"args": swarm(epochs=9, averaging_timeout=timeout_s), "model": "llama", "pace_s": 0.25}
+    options = {
+        "args": swarm(epochs=9, averaging_timeout=timeout_s, average_state_every=5),
+        "model": "llama",
+        "pace_s": 0.25,
+    }
     first = start(options)
     others = [start(options, first.address()) for _ in range(2)]
     first.wait_for("peers=3 ")

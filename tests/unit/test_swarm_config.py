@@ -35,7 +35,7 @@ def test_the_dht_may_be_left_out() -> None:
 def test_defaults_are_those_that_keep_peers_equal() -> None:
     opt = read_config(config()).opt
     assert opt["delay_state_averaging"] is False
-    assert opt["average_state_every"] == 5
+    assert opt["average_state_every"] == 10
 
 
 def test_a_request_ends_before_the_matchmaking_does() -> None:
