@@ -9,8 +9,11 @@ work.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,8 @@ def share(stock: bool, epochs: int, folder: Path) -> tuple[float, float]:
     results = []
     for process, written in ((first, log), (second, other)):
         process.wait(TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):  # stock peers leave processes behind
+            os.killpg(process.pid, signal.SIGKILL)
         lines = [line for line in written.read_text().splitlines() if line.startswith("RESULT ")]
         if not lines:
             raise RuntimeError(f"a peer failed:\n{written.read_text()}")
@@ -52,7 +57,7 @@ def share(stock: bool, epochs: int, folder: Path) -> tuple[float, float]:
 def start(options: dict[str, Any], log: Path) -> tuple[subprocess.Popen[bytes], Path]:
     with log.open("wb") as output:
         command = [sys.executable, "-m", "bench.swarm_peer", json.dumps(options)]
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), log
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True), log
 
 
 def main() -> int:
