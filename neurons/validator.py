@@ -39,6 +39,8 @@ from template.validator.weights import set_weights
 
 logger = logging.getLogger(__name__)
 
+MIN_ANSWER_S = 2.0
+
 
 class Validator(LeadingNeuron):
     """Checks, leads, publishes and pays."""
@@ -194,6 +196,7 @@ class Validator(LeadingNeuron):
             load_data=lambda rank: self.bench.round_data(self.parts, position.round, rank),
             address=addresses.__getitem__,
             in_time=lambda: self._may_check(end),
+            answer_s=max(MIN_ANSWER_S, 0.5 * (end - self.blocks.block) * self.schedule.block_time_s),
             judging=self.replay,
             on_wait=self.drain_mailbox,
         )

@@ -142,12 +142,14 @@ class Opener:
                     try:
                         left = missed_at + connect_s - clock.awake()
                         stream = await state.connect(reducer, min(until, clock.now() + left))
-                        if not met:
+                        is_first = not met
+                        if is_first:
                             met = True
                             patience.feed()
                         kept = False
                         try:
-                            kept = await self._exchange(stream, holding, mean, rank, reducer, patience)
+                            free = await self._exchange(stream, holding, mean, rank, reducer, patience)
+                            kept = free and is_first  # of who comes again a reducer may read nothing any more
                             return mean
                         finally:
                             if kept:

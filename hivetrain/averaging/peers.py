@@ -80,7 +80,11 @@ class Peers:
                             return await talk(self._streams[hotkey])
                         except LinkLost:  # an older one may have ended long ago
                             await self._drop(hotkey)
-                    self._streams[hotkey] = await state.connect(peer, until)
+                    opened = await state.connect(peer, until)
+                    if hotkey in self._streams:  # one became ours meanwhile
+                        await state.disconnect(opened)
+                    else:
+                        self._streams[hotkey] = opened
                     return await talk(self._streams[hotkey])
             except TimeoutError as exc:
                 self.silent.add(hotkey)

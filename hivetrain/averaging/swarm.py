@@ -188,14 +188,14 @@ class Swarm:
     async def close(self) -> None:
         """Leave the swarm and end the daemon."""
         p2p, node, self._p2p, self._node = self._p2p, self._node, None, None
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
         for task in self._answering:
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
         for link in list(self._links):
             link.end()
-        if self._listener is not None:
-            await self._listener.close()
-            self._listener = None
         if p2p is None:
             return
         child = p2p._child
@@ -253,10 +253,12 @@ class Swarm:
         if not self._may_negotiate(peer_id):
             sock.close()
             return
+        self._negotiating[peer_id] += 1  # until it ends: a ticket costs its bearer nothing
         stream = self._bulk_stream(peer_id, sock, keys.acceptor_key, keys.opener_key)
         task = asyncio.create_task(self._serve(stream))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
+        task.add_done_callback(lambda _: self._end_negotiation(peer_id))
 
     def _bulk_stream(self, peer_id: str, sock: socket.socket, outgoing: bytes, incoming: bytes) -> FrameStream:
         stream = self._own(FrameStream(peer_id, sock, Sealer(outgoing), Sealer(incoming), on_end=self._links.discard))

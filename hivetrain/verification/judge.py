@@ -25,7 +25,15 @@ from hivetrain.verification.merkle import MerkleTree
 from hivetrain.verification.receipt import Receipt, check_opening, decode_snapshot, snapshot_steps
 from hivetrain.verification.remainder import RemainderBytes, check_remainder
 from hivetrain.verification.replay import WindowVerdict, replay_window
-from hivetrain.verification.steps import StepRecord, WrongStep, check_samples, first_wrong_step, loss_bound, open_steps
+from hivetrain.verification.steps import (
+    StepRecord,
+    WrongStep,
+    check_samples,
+    first_wrong_step,
+    loss_bound,
+    open_steps,
+    opens,
+)
 from hivetrain.workbench import Parts
 
 MAX_DISTANCE = 1e9
@@ -73,19 +81,23 @@ class Judge:
             return self._judge(receipt, drawn, answer)
         except PeerFault as exc:
             step = exc.step if isinstance(exc, WrongStep) else None
-            evidence = {"steps": answer.steps} if answer.steps and exc.fault is not Fault.REFUSED else {}
+            shown = exc.fault is not Fault.REFUSED and opens(receipt, answer.steps, self._samples_per_step)
+            evidence = {"steps": answer.steps} if shown else {}
             return CheckResult(fault=exc.fault, detail=exc.detail, first_wrong_step=step, evidence=evidence)
 
     def _judge(self, receipt: Receipt, drawn: Draw, answer: Answer) -> CheckResult:
         opened = self._snapshots(receipt, drawn, answer)
         remainder = check_remainder(receipt, self.base.manifest, answer.remainder, self.parts.flat.size)
-        recipe = self.parts.recipe
-        records = open_steps(receipt, answer.steps, recipe.data.accumulation * recipe.data.batch_size)
+        records = open_steps(receipt, answer.steps, self._samples_per_step)
         data = self._data(receipt)
         check_samples(records, data.samples)
         self._check_link(receipt, opened[receipt.num_snapshots - 1], remainder)
         result = self._replay(drawn, data, opened, records)
         return dataclasses.replace(result, evidence={"steps": answer.steps})
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self.parts.recipe.data.accumulation * self.parts.recipe.data.batch_size
 
     def _snapshots(self, receipt: Receipt, drawn: Draw, answer: Answer) -> dict[int, Snapshot]:
         wanted = drawn.snapshots(receipt.num_snapshots)

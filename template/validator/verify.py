@@ -14,7 +14,7 @@ import asyncio
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ from hivetrain.workbench import Parts
 from template.chain.keys import verify
 from template.dendrite import Dendrite, Failure, PeerAddress, Reply
 from template.network import NetworkThread
-from template.protocol import Train, TrainReply
+from template.protocol import IsAlive, Train, TrainReply
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ OPEN_PATIENCE_S = 2.0
 MAX_OPENING = 16
 """Miners that open at once: their answers, some snapshots each, are held in memory."""
 POLL_S = 0.25
+PROBE_TIMEOUT_S = 3.0
+UNHEARD = frozenset({Failure.OURS, Failure.UNREACHABLE, Failure.TIMEOUT})
+"""What a call comes to where nothing at all was heard, be it the peer's fault or our line's."""
 
 
 class Judging(Protocol):
@@ -67,6 +70,7 @@ class Verifier:
         load_data: a miner's tokens by its rank.
         address: where a miner serves.
         in_time: False once there is no time for another check.
+        answer_s: for opening what is asked; a later answer is a refusal, or coming too late to be judged would pay.
         judging: who replays; None: this thread, with ``parts``.
         on_wait: called while answers are awaited.
     """
@@ -81,6 +85,7 @@ class Verifier:
     load_data: Callable[[int], RoundData]
     address: Callable[[str], PeerAddress]
     in_time: Callable[[], bool]
+    answer_s: float = OPEN_TIMEOUT_S
     judging: Judging | None = None
     on_wait: Callable[[], None] = lambda: None
 
@@ -100,7 +105,7 @@ class Verifier:
                 for call in list(done)[:1]:  # one by one: a replay takes its time
                     hotkey = pending.pop(call)
                     reply = call.result()
-                    if reply.reply is None:
+                    if reply.failure in UNHEARD:
                         silent.add(hotkey)
                     results[hotkey] = self._judge(receipts[hotkey], draws[hotkey], reply)
             for call, hotkey in pending.items():
@@ -110,12 +115,23 @@ class Verifier:
         finally:
             for call in pending:
                 call.cancel()
-        if len(silent) > 1 and silent == set(drawn):
-            # Not one of several answered: more likely it is our own line.
-            results = dict.fromkeys(drawn)
+        if silent and silent == set(drawn) and not self._is_heard(set(receipts) - silent):
+            results = dict.fromkeys(drawn)  # nobody answers: more likely it is our own line
         for hotkey, result in results.items():
             logger.info("check of %s: %s", hotkey[:8], result.in_words() if result else "not done here")
         return results
+
+    def _is_heard(self, others: Collection[str]) -> bool:
+        """Whether any of the other miners answers us now."""
+        if not others:
+            return False
+        peers = [self.address(hotkey) for hotkey in sorted(others)]
+        calls = self.dendrite.call_many(peers, IsAlive(), timeout_s=PROBE_TIMEOUT_S, concurrency=len(peers))
+        try:
+            replies = self.network.run(calls, 2 * PROBE_TIMEOUT_S)
+        except ServiceError:
+            return False
+        return any(reply.failure not in UNHEARD for reply in replies)
 
     def _ask_all(
         self, drawn: Sequence[tuple[Receipt, Draw]], asked: dict[str, float]
@@ -145,7 +161,10 @@ class Verifier:
         data = self.parts.recipe.data
         limit += receipt.num_steps * record_size_bytes(data.accumulation * data.batch_size) + MAX_RECEIPT_BYTES
         return await self.dendrite.call(
-            self.address(receipt.hotkey), synapse, timeout_s=OPEN_TIMEOUT_S, max_reply_bytes=limit
+            self.address(receipt.hotkey),
+            synapse,
+            timeout_s=min(OPEN_TIMEOUT_S, self.answer_s),
+            max_reply_bytes=limit,
         )
 
     def _judge(self, receipt: Receipt, drawn: Draw, reply: Reply[TrainReply]) -> CheckResult | None:

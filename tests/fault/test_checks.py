@@ -396,12 +396,10 @@ def test_more_bytes_than_the_snapshots_have_are_cut_and_count_as_a_refusal(
     assert_caught(check(world, wire, places, honest, flood), Fault.REFUSED, tmp_path, world)
 
 
-def test_a_miner_that_is_gone_when_it_is_drawn_refused(
-    world: World, wire: Wire, honest: Contribution, tmp_path: Path
-) -> None:
+def test_the_only_miner_there_is_may_be_gone_by_our_own_fault(world: World, wire: Wire, honest: Contribution) -> None:
     verifier = world.verifier(wire, address=nowhere(free_port()))
     receipts = {MINER.hotkey: honest.receipt}
-    assert_caught(verifier.check(receipts, whole_round([honest.receipt]))[MINER.hotkey], Fault.REFUSED, tmp_path, world)
+    assert verifier.check(receipts, whole_round([honest.receipt])) == {MINER.hotkey: None}
 
 
 # -- VERIFY: ours --------------------------------------------------------------------------------------------
@@ -475,6 +473,24 @@ def test_a_miner_that_keeps_us_waiting_is_blamed_alone_and_delays_nobody(
     assert late.fault is Fault.REFUSED
     assert checked_one is not None
     assert checked_one.fault is None
+
+
+def test_an_answer_that_would_come_too_late_to_be_judged_is_a_refusal_where_others_are_heard(
+    world: World, wire: Wire, places: dict[str, Place], honest: Contribution
+) -> None:
+    other = world.contribution(OTHERS[0], rank=1)
+    places[OTHERS[0].hotkey].train = committed(world, other)
+
+    async def slow(synapse: Train, caller: Caller) -> TrainReply:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    places[MINER.hotkey].train = slow
+    receipts = {one.receipt.hotkey: one.receipt for one in (honest, other)}
+    draws = whole_round([honest.receipt])  # the other one is not drawn, and is up
+    result = world.verifier(wire, answer_s=0.2).check(receipts, draws)[MINER.hotkey]
+    assert result is not None
+    assert result.fault is Fault.REFUSED
 
 
 def test_who_was_asked_just_before_the_end_is_not_blamed(

@@ -40,7 +40,27 @@ def test_only_template_imports_bittensor() -> None:
     assert importers("template", "bittensor")
 
 
-@pytest.mark.parametrize("library", ["hivemind", "huggingface_hub", "wandb", "trackio"])
+# Neurons need its libp2p streams; the trainer needs its optimizer, and the DHT in a process of its own.
+HIVEMIND_ADAPTERS = {
+    "hivetrain/averaging/swarm.py",
+    "hivetrain/trainer/engine.py",
+    "hivetrain/trainer/node.py",
+}
+
+
+def test_hivemind_is_imported_by_its_adapters_alone() -> None:
+    found = importers("hivetrain", "hivemind") | importers("template", "hivemind") | importers("neurons", "hivemind")
+    assert found == HIVEMIND_ADAPTERS
+
+
+def test_neurons_do_without_the_trainer() -> None:
+    users = importers("hivetrain", "hivetrain.trainer") | importers("template", "hivetrain.trainer")
+    outside = {path for path in users if not path.startswith("hivetrain/trainer/")}
+    assert outside == {"hivetrain/__init__.py"}
+    assert importers("neurons", "hivetrain.trainer") == set()
+
+
+@pytest.mark.parametrize("library", ["huggingface_hub", "wandb", "trackio"])
 def test_each_heavy_library_has_one_importer(library: str) -> None:
     found = importers("hivetrain", library) | importers("template", library) | importers("neurons", library)
     assert len(found) == 1, found

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hivetrain.errors import Fault, IntegrityError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import Manifest
+from hivetrain.run import MAX_SNAPSHOTS
 from hivetrain.scoring import CheckResult, RoundFacts, Unscored
 from hivetrain.scoring.explain import against_manifest, compare, follows, proves, recompute, tell, two_receipts
 from hivetrain.scoring.published import read_records
@@ -245,8 +246,8 @@ def test_a_record_that_is_too_long_forged_or_anothers_is_refused(ledger: Ledger)
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("miners", ONE, "drawn"), [64]),
-        (("miners", ONE, "drawn"), list(range(65))),
+        (("miners", ONE, "drawn"), [MAX_SNAPSHOTS]),
+        (("miners", ONE, "drawn"), list(range(MAX_SNAPSHOTS + 1))),
         (("miners", ONE, "score", "score"), 1.5),
         (("miners", ONE, "score", "score"), -0.1),
         (("miners", ONE, "bandwidth", "seconds"), 1e300),

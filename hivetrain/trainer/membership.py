@@ -1,0 +1,118 @@
+"""Who is in the swarm, whether they train the same thing, and when they end with the same bits: pure decisions.
+
+Peers publish two records in the DHT, each under its owner's key and signed by it: that they are here (with their
+fingerprint), and how they ended (epoch and hash of the state). Every peer reads the same records and decides the same.
+
+At the end, peers that went through the same rounds can still differ in a last bit, or by a whole round that one of them
+missed: hivemind hands each member a difference, and a member that fails goes on with its own gradients. So they compare
+hashes; the majority's state is the run's, and the others download it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hivetrain.errors import ConfigError
+from hivetrain.trainer.fingerprint import Fingerprint, differences
+
+MAX_TEXT = 1000
+MAX_EPOCHS = 1 << 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """A peer says that it is here.
+
+    Attributes:
+        peer_id: who.
+        since: DHT time at which it came.
+        swarm_epochs: after which epoch the run ends.
+        fingerprint: what it trains.
+    """
+
+    peer_id: str
+    since: float
+    swarm_epochs: int
+    fingerprint: Fingerprint
+
+    def to_wire(self) -> list[object]:
+        return [self.peer_id, self.since, self.swarm_epochs, self.fingerprint]
+
+    @classmethod
+    def from_wire(cls, value: object) -> Presence | None:
+        """The record that a stranger wrote, or None if it is none."""
+        match value:
+            case [str(peer_id), float(since), int(epochs), dict(found)] if (
+                len(peer_id) <= MAX_TEXT and since == since and 0 < epochs < MAX_EPOCHS and len(found) <= 16
+            ):
+                if all(isinstance(text, str) and len(text) <= MAX_TEXT for pair in found.items() for text in pair):
+                    return cls(peer_id=peer_id, since=since, swarm_epochs=epochs, fingerprint=found)
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a peer ended: its epoch, and the hash of its weights and moments."""
+
+    peer_id: str
+    epoch: int
+    digest: str
+
+    def to_wire(self) -> list[object]:
+        return [self.peer_id, self.epoch, self.digest]
+
+    @classmethod
+    def from_wire(cls, value: object) -> Ending | None:
+        """The record that a stranger wrote, or None if it is none."""
+        match value:
+            case [str(peer_id), int(epoch), str(digest)] if (
+                len(peer_id) <= MAX_TEXT and len(digest) <= 128 and 0 <= epoch < MAX_EPOCHS
+            ):
+                return cls(peer_id=peer_id, epoch=epoch, digest=digest)
+        return None
+
+
+def elders(me: Presence, others: Sequence[Presence]) -> list[Presence]:
+    """Those who came before us, the eldest first; whoever has none begins the run."""
+    return sorted(
+        (other for other in others if other.peer_id != me.peer_id and _age(other) < _age(me)),
+        key=_age,
+    )
+
+
+def require_same_run(me: Presence, others: Sequence[Presence], run_id: str) -> None:
+    """Refuse to train with those who came before us where they train something else.
+
+    Raises:
+        ConfigError: names what differs and the fix.
+    """
+    for elder in elders(me, others):
+        if found := differences(me.fingerprint, elder.fingerprint):
+            raise ConfigError(
+                f"run_id {run_id!r} is in use for another training (by peer {elder.peer_id}):\n"
+                + "\n".join(f"  - {difference}" for difference in found)
+                + "\nUse the same settings as the swarm, or another run_id"
+            )
+
+
+def canonical(endings: Sequence[Ending]) -> Ending | None:
+    """Whose state is the run's: of those at the newest epoch, the state that most hold; ties: the lowest peer id."""
+    if not endings:
+        return None
+    newest = max(ending.epoch for ending in endings)
+    last = [ending for ending in endings if ending.epoch == newest]
+    votes = Counter(ending.digest for ending in last)
+    most = max(votes.values())
+    return min((ending for ending in last if votes[ending.digest] == most), key=lambda ending: ending.peer_id)
+
+
+def agreed(endings: Mapping[str, Ending], expected: Sequence[str]) -> bool:
+    """Whether everyone who is expected has ended, with one state."""
+    found = [endings.get(peer_id) for peer_id in expected]
+    return all(found) and len({(ending.epoch, ending.digest) for ending in found if ending}) <= 1
+
+
+def _age(presence: Presence) -> tuple[float, str]:
+    return presence.since, presence.peer_id

@@ -1,0 +1,152 @@
+"""What we bend in hivemind's optimizer and averagers, without a swarm."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import time
+import types
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from hivetrain.trainer import engine, node
+
+from hivetrain.errors import ConfigError, ServiceError
+from hivetrain.trainer.config import read_config
+from hivetrain.trainer.initial import with_state
+from hivetrain.trainer.rounds import RoundReport
+from hivetrain.trainer.schedule import SwarmSchedule
+
+
+def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = with_state(torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5))
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    assert weight.grad is None
+    assert float(optimizer.state[weight]["step"]) == 0
+    reference = torch.nn.Parameter(torch.ones(3))
+    plain = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.5)
+    for parameter, stepped in ((weight, optimizer), (reference, plain)):
+        parameter.grad = torch.tensor([1.0, -2.0, 3.0])
+        stepped.step()
+    assert torch.equal(weight, reference)
+
+
+def averager(*parameters: torch.nn.Parameter) -> Any:
+    counter = multiprocessing.Value("q", 0)
+    return engine._GradientAverager(
+        parameters, dht=None, prefix="test", client_mode=False, start=False, sent_bytes=counter
+    )
+
+
+def test_batches_of_different_sizes_weigh_as_many_samples_as_they_have() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    gradients = averager(weight)
+    for samples, value in ((1, 10.0), (3, 2.0)):
+        weight.grad = torch.tensor([value])
+        gradients.accumulate_grads_(samples)
+    gradients.load_accumulators_into_averager_()
+    with gradients.get_tensors() as (mean,):
+        assert mean.item() == pytest.approx((1 * 10 + 3 * 2) / 4)
+
+
+@pytest.fixture
+def adamw() -> torch.optim.Optimizer:
+    return with_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]))
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    metadata, moments = engine.dump_optimizer_state(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return {"epoch": 3, "optimizer_metadata": metadata}, [*(weight.detach() for weight in weights), *moments]
+
+
+def test_a_state_like_ours_is_accepted(adamw: torch.optim.Optimizer) -> None:
+    assert engine.problem_of_state(adamw, (), *state_of(adamw)) is None
+
+
+def test_a_state_of_another_shape_kind_or_with_nan_is_refused_before_anything_is_copied(
+    adamw: torch.optim.Optimizer,
+) -> None:
+    metadata, tensors = state_of(adamw)
+    wrong_shape = [torch.ones(4), *tensors[1:]]
+    not_finite = [torch.tensor([1.0, float("nan"), 1.0]), *tensors[1:]]
+    other_kind = copy.deepcopy(metadata)
+    other_kind["optimizer_metadata"][0] = {"type": "value", "value": "x"}
+
+    def problem(metadata: Any, tensors: list[torch.Tensor]) -> str:
+        return engine.problem_of_state(adamw, (), metadata, tensors) or ""
+
+    assert "other shapes" in problem(metadata, wrong_shape)
+    assert "other shapes" in problem(metadata, tensors[:-1])
+    assert "not finite" in problem(metadata, not_finite)
+    assert "another one" in problem(other_kind, tensors)
+    assert "epoch" in problem({**metadata, "epoch": "3"}, tensors)
+    assert "epoch" in problem(None, tensors)
+
+
+def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:
+    config = read_config(
+        {"dht": {"host_maddrs": ["/ip4/localhost/tcp/x"]}, "opt": {"run_id": "a", "target_batch_size": 1}}
+    )
+    with pytest.raises(ConfigError, match="host_maddrs: '/ip4/localhost/tcp/x' is not a multiaddress"):
+        node.Node(config).start()
+
+
+def test_the_trainers_schedule_is_a_view_that_steps_nothing() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = SwarmSchedule(optimizer)
+    schedule.step()
+    schedule.load_state_dict(schedule.state_dict())
+    assert schedule.get_last_lr() == [0.5]
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert schedule.get_last_lr() == [0.25]
+
+
+def test_a_round_is_reported_with_peers_samples_seconds_and_bytes() -> None:
+    report = RoundReport(epoch=3, peers=2, samples=130, seconds=1.2345, sent_bytes=4096)
+    assert report.metrics() == {
+        "swarm_epoch": 3, "swarm_peers": 2, "swarm_samples": 130, "swarm_seconds": 1.234, "swarm_sent_bytes": 4096,
+    }  # fmt: skip
+    assert report.postfix() == "swarm epoch 3, 2 peers, 130 samples, 1.2 s"
+
+
+class Averager:
+    """A state averager to whom nobody gives a state."""
+
+    local_epoch = 3
+
+    def step(self, **kwargs: bool) -> None: ...
+    def relink(self) -> None: ...
+    def _update_scheduler(self) -> None: ...
+    def download(self, timeout_s: float) -> bool:
+        return False
+
+
+class Tracker:
+    global_epoch = 9
+    global_progress = types.SimpleNamespace(epoch=9)
+
+    def pause_updates(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def report_local_progress(self, epoch: int, samples_accumulated: int) -> None: ...
+
+
+def test_a_swarm_that_gives_no_state_is_asked_for_a_bounded_time() -> None:
+    optimizer = object.__new__(engine.SwarmOptimizer)
+    optimizer.__dict__.update(
+        _parent_pid=0, scheduled_grads=None, state_averager=Averager(), tracker=Tracker(), grad_averager=None,
+        client_mode=True, averaging_timeout=1.0, load_state_timeout=60.0, _failed_downloads=7,
+        _behind_since=time.monotonic() - 61,
+    )  # fmt: skip
+    with pytest.raises(
+        ServiceError, match=r"for 61 s no peer gave us the swarm's state \(it is at epoch 9, we are at 3\)"
+    ):
+        optimizer.load_state_from_peers()
