@@ -26,6 +26,8 @@ from typing import Any
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like as they are imported
     import torch
 
     torch.set_num_threads(1)
@@ -40,7 +42,7 @@ def main() -> None:
         order = json.loads(line)
         if pid := os.fork():
             threading.Thread(target=reap, args=(pid, order["log"] + ".exit"), daemon=True).start()
-            print(pid, flush=True)
+            print(pid, file=answers, flush=True)
             continue
         become_a_peer(order)
         if "script" in order:

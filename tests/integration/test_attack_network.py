@@ -10,7 +10,7 @@ from network_kit import SMALL_RECIPE, processes_of, running_up, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RECIPE = SMALL_RECIPE + "check_share = 1.0\n"  # its last table is that of the scores
+RECIPE = SMALL_RECIPE + "[scoring]\ncheck_share = 1.0\n"
 
 
 def test_who_hands_in_noise_is_paid_nothing_beside_two_honest_miners(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LOSSY_RECIPE = (
     SMALL_RECIPE
     + """\
+[scoring]
 check_share = 1.0
 [averaging]
 codec = "int4"
