@@ -39,7 +39,7 @@ Sketch = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{SKETCH_HEX_CHARS}}}$"), Aft
 
 
 class Receipt(BaseModel):
-    """One miner's statement about one round. Digests are lowercase hex sha256."""
+    """One miner's statement about one round. Digests are lowercase hex: BLAKE3 in roots, else sha256."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
