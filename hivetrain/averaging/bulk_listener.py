@@ -1,8 +1,9 @@
 """Where bulk connections arrive, and how they are dialled: a stranger is let in only with a token that is expected.
 
 A token is 32 bytes that both ends of a libp2p stream derived (`sealing.SessionKeys`); it is good once, for one stream:
-while that stream waits for it, or, of a ticket (`tickets`), until it is forgotten. Whoever presents none within `TOKEN_TIMEOUT_S` is cut off, and until then costs
-a file descriptor and 40 bytes; of so many strangers at once, the oldest of the busiest address goes first.
+while that stream waits for it, or, of a ticket (`tickets`), until it is forgotten. Whoever presents none within
+`TOKEN_TIMEOUT_S` is cut off, and until then costs a file descriptor and 40 bytes; of so many strangers at once, the
+oldest of the busiest address goes first.
 """
 
 from __future__ import annotations
