@@ -36,7 +36,7 @@ from template.validator.lead import (
 )
 from template.validator.links import LinkBook
 from template.validator.publish import NotPublished, check_gates, publish_epoch
-from template.validator.reward import round_weights
+from template.validator.reward import MOSTLY_INCLUDED, round_weights
 from template.validator.standby import Move, Seat, attempt_blocks, next_move
 from template.validator.verify import Draw
 
@@ -250,10 +250,10 @@ class LeadingNeuron(Neuron):
         self._links.note(outcome.links)
         for member in exchange.plan.members:
             pair = (member.peer_id, member.hotkey)
-            if outcome.included.get(member.hotkey, 0.0) > 0:  # it has proved who it is
+            if outcome.included.get(member.hotkey, 0.0) > MOSTLY_INCLUDED:  # most reducers have met it as that peer
                 self._doubted.discard(pair)
                 self._peer_owners[member.peer_id] = member.hotkey
-            elif member.sends:
+            elif member.sends and any(outcome.included.values()):  # a round that failed for everyone tells of nobody
                 self._doubted.add(pair)
         undone = left_undone(exchange.plan, outcome) - {self.identity.hotkey}
         self._resting.update(dict.fromkeys(undone, exchange.plan.round + 1 + REST_ROUNDS))
