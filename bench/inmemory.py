@@ -9,15 +9,14 @@ import asyncio
 import statistics
 from collections.abc import Iterable, Sequence
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
 from hivetrain.averaging.butterfly import AllReduceOutcome, all_reduce
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
 from hivetrain.run import Recipe
 from hivetrain.verification.merkle import MerkleTree
+from tests.keys import TestIdentity as Key
+from tests.keys import verify
 
 ROUND_S = 60.0  # of virtual time
 
@@ -68,22 +67,4 @@ def mean_traffic(outcomes: Iterable[AllReduceOutcome]) -> float:
     return statistics.fmean(outcome.bytes_sent + outcome.bytes_received for outcome in outcomes)
 
 
-class Key:
-    """An Ed25519 identity."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = Ed25519PrivateKey.from_private_bytes(seed.to_bytes(32, "big"))
-        self.hotkey = self._key.public_key().public_bytes_raw().hex()
-
-    def sign(self, message: bytes) -> bytes:
-        """See `hivetrain.identity.Identity`."""
-        return self._key.sign(message)
-
-
-def verify(hotkey: str, message: bytes, signature: bytes) -> bool:
-    """Whether that `Key` signed that message."""
-    try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(hotkey)).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+__all__ = ["Key", "butterfly", "mean_traffic", "verify"]

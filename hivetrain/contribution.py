@@ -19,6 +19,7 @@ from hivetrain.training.state import Snapshot, State
 from hivetrain.verification.merkle import MerkleTree, leaf_digest
 from hivetrain.verification.receipt import (
     NO_REMAINDER,
+    Expected,
     Receipt,
     SnapshotTree,
     encode_snapshot,
@@ -159,4 +160,36 @@ def displacement_sketch(run_id: str, round_number: int, start: State, final: Sna
     return to_hex(count_sketch(moved, sketch_seed(run_id, round_number)))
 
 
-__all__ = ["Contribution", "Encoded", "build_contribution", "codec_seed", "displacement_sketch", "encode_payload"]
+def expected_receipt(parts: Parts, base: Ref, round_number: int, hotkey: str, rank: int) -> Expected:
+    """What the receipt of an honest ``hotkey`` says of a round that starts from ``base``."""
+    data, inner = parts.recipe.data, parts.recipe.inner
+    samples = data.batch_size * data.accumulation
+    return Expected(
+        run_id=parts.run_id,
+        round=round_number,
+        epoch=base.epoch,
+        base_manifest=base.manifest_sha256,
+        base_state=base.manifest.state_hash,
+        schema_hash=parts.schema_hash,
+        layout_hash=parts.layout.layout_hash,
+        num_chunks=parts.layout.num_chunks,
+        rank=rank,
+        max_steps=inner.max_steps,
+        snapshot_every=inner.snapshot_every,
+        samples_per_step=samples,
+        tokens_per_step=samples * data.seq_len,
+        feeds_back=parts.recipe.averaging.feeds_back,
+        # A merge leaves no remainder: the vector it belonged to is gone.
+        was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
+    )
+
+
+__all__ = [
+    "Contribution",
+    "Encoded",
+    "build_contribution",
+    "codec_seed",
+    "displacement_sketch",
+    "encode_payload",
+    "expected_receipt",
+]

@@ -20,6 +20,7 @@ import json
 import logging
 import secrets
 
+from hivetrain.contribution import expected_receipt
 from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position, phase_window
@@ -131,26 +132,7 @@ class Validator(LeadingNeuron):
             logger.error("check your clock: the miners refuse our requests, %s", stale[0])
 
     def _expected(self, position: Position, base: Ref, hotkey: str, rank: int) -> Expected:
-        data, inner = self.recipe.data, self.recipe.inner
-        samples = data.batch_size * data.accumulation
-        return Expected(
-            run_id=self.run_id,
-            round=position.round,
-            epoch=base.epoch,
-            base_manifest=base.manifest_sha256,
-            base_state=base.manifest.state_hash,
-            schema_hash=self.parts.schema_hash,
-            layout_hash=self.parts.layout.layout_hash,
-            num_chunks=self.parts.layout.num_chunks,
-            rank=rank,
-            max_steps=inner.max_steps,
-            snapshot_every=inner.snapshot_every,
-            samples_per_step=samples,
-            tokens_per_step=samples * data.seq_len,
-            feeds_back=self.recipe.averaging.feeds_back,
-            # A merge leaves no remainder: the vector it belonged to is gone.
-            was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
-        )
+        return expected_receipt(self.parts, base, position.round, hotkey, rank)
 
     def _may_check(self, end: int) -> bool:
         """Whether there is time for another check before block ``end``."""

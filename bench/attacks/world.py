@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bench.inmemory import Key
+from hivetrain.contribution import expected_receipt
 from hivetrain.data.index import build_index
 from hivetrain.data.reader import RoundData, SegmentReader, load_heldout
 from hivetrain.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_sha256, train_tokenizer
@@ -78,25 +79,7 @@ class World:
 
     def expected(self, base: Ref, round_number: int, rank: int, hotkey: str) -> Expected:
         """What an honest receipt says."""
-        data, inner = self.parts.recipe.data, self.parts.recipe.inner
-        samples = data.batch_size * data.accumulation
-        return Expected(
-            run_id=self.parts.run_id,
-            round=round_number,
-            epoch=base.epoch,
-            base_manifest=base.manifest_sha256,
-            base_state=base.manifest.state_hash,
-            schema_hash=self.parts.schema_hash,
-            layout_hash=self.parts.layout.layout_hash,
-            num_chunks=self.parts.layout.num_chunks,
-            rank=rank,
-            max_steps=inner.max_steps,
-            snapshot_every=inner.snapshot_every,
-            samples_per_step=samples,
-            tokens_per_step=samples * data.seq_len,
-            feeds_back=self.parts.recipe.averaging.feeds_back,
-            was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
-        )
+        return expected_receipt(self.parts, base, round_number, hotkey, rank)
 
 
 def make_world(folder: Path, recipe: Recipe = TINY, *, num_texts: int = 5) -> World:

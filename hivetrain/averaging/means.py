@@ -50,11 +50,6 @@ class Mean:
         self._tree: MerkleTree | None = None
 
     @property
-    def next_batch(self) -> tuple[int, int] | None:
-        """The chunks that come next; None where all are here."""
-        return self.batches[len(self.masks)] if len(self.masks) < len(self.batches) else None
-
-    @property
     def tree(self) -> MerkleTree:
         """Over the chunks of a whole mean."""
         if self._tree is None:
@@ -75,9 +70,10 @@ class Mean:
         view = self._store.view(start, stop)
         if data is not None:
             require_size(len(data), len(view), f"chunks [{start}, {stop})")
-            view[:] = data
+            fault = self._store.put(start, stop, data, self._bound)
+        else:
+            fault = self._store.take_in(start, stop, self._bound)
         self._digests += self._layout.chunk_digests(view, start, stop)
-        fault = self._store.take_in(start, stop, self._bound)
         self.unfit = self.unfit or fault
         self.masks.append(mask)
         self.grown.notify()
@@ -162,7 +158,7 @@ async def receive_mean(
         PeerFault: TRUNCATED, OVERSIZED or MALFORMED.
         Refused: it will not come.
     """
-    while mean.next_batch is not None:
+    while len(mean.masks) < len(mean.batches):
         header = await receive(stream, MeanBatch, Refusal)
         if isinstance(header, Refusal):
             raise Refused(header)

@@ -26,7 +26,8 @@ def expects_remainder(world: World, folder: Path, codec: str = "int4", **changes
     validator = Validator(parse_config(["--neuron.dir", str(folder)], "validator", {}), Secrets())
     averaging = dataclasses.replace(world.parts.recipe.averaging, codec=codec)  # type: ignore[arg-type]
     recipe = dataclasses.replace(world.parts.recipe, averaging=averaging)
-    validator.run_id, validator.parts, validator.recipe, validator.schedule = "ab" * 32, world.parts, recipe, SCHEDULE
+    parts = dataclasses.replace(world.parts, recipe=recipe)
+    validator.run_id, validator.parts, validator.recipe, validator.schedule = parts.run_id, parts, recipe, SCHEDULE
     fields = {"epoch": 1, "base_epoch": 0, "receipts": {MINER: "cd" * 32}}
     manifest = world.base.manifest.model_copy(update={**fields, **changes})
     base = Ref(epoch=1, commit="", manifest=manifest, manifest_sha256=manifest.sha256())
