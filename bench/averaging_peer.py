@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from hivetrain.ports import free_port
+
 SEND_DEADLINE_S, DEADLINE_S = 60.0, 120.0
 MATCHMAKING_TIMEOUT_S = 30.0
 RSS_TICK_S = 0.005
@@ -205,7 +207,7 @@ class GlooPeer:
         from torch import distributed
 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self._port = first["port"] if first else _free_port()
+        self._port = first["port"] if first else free_port()
         if first is not None:
             await asyncio.to_thread(self._init)
             return {}
@@ -292,14 +294,6 @@ def _clear_peak(pid: int) -> bool:
 def _peak_rss(pid: int) -> int:
     with open(f"/proc/{pid}/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 KINDS: dict[str, Callable[[int, int], Peer]] = {

@@ -33,13 +33,14 @@ from bench.harness import Claim, arguments, at_least, report, table
 from bench.links import LinkProxy, PeerLink
 from hivetrain.averaging.codecs import CODEC_NAMES
 from hivetrain.hub.client import HubStore
+from hivetrain.ports import free_port
 from hivetrain.run import Inner, Recipe, Schedule
 from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, snapshot_size_bytes
 from template.access import AccessPolicy, NeuronFacts
 from template.axon import Axon, Caller
 from template.dendrite import Dendrite, PeerAddress
 from template.protocol import Opening, Train, TrainReply
-from tests.hub_fixture import free_port, make_manifest, running_hub
+from tests.hub_fixture import make_manifest, running_hub
 
 SECTIONS = ("delta", "exp_avg", "exp_avg_sq")
 NUM_MINERS = 4

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from hivetrain.errors import ConfigError
+from hivetrain.ports import bind, bind_free
 from hivetrain.run import GENESIS, Recipe, read_recipe
 from hivetrain.supervisor import ProcessSpec
 from neurons.report import Genesis, Member, Results
@@ -200,29 +200,29 @@ def choose_ports(folder: Path, names: list[str], base: int | None) -> dict[str, 
         ports = {str(name): int(port) for name, port in json.loads(path.read_text()).items()}
     with contextlib.ExitStack() as held:  # bound until all are chosen, so that no two get the same
         for offset, name in enumerate(names):
-            if name in ports and _bind(ports[name], held) is not None:
+            if name in ports and _bind(ports[name], held):
                 continue
             if name in ports and name == "hub":
                 raise ConfigError(
                     f"port {ports[name]} of this folder's hub is in use by another program; stop that program, or "
                     f"start a new run in another --dir (or with --fresh, which deletes {folder})"
                 )
-            port = _bind(base + offset if base else 0, held)
-            if port is None:
-                raise ConfigError(f"port {(base or 0) + offset} ({name}) is in use; choose another --port-base")
-            ports[name] = port
+            if base is None:
+                ports[name] = int(held.enter_context(bind_free()).getsockname()[1])
+            elif _bind(base + offset, held):
+                ports[name] = base + offset
+            else:
+                raise ConfigError(f"port {base + offset} ({name}) is in use; choose another --port-base")
     path.write_text(json.dumps(ports, indent=1) + "\n")
     return ports
 
 
-def _bind(port: int, held: contextlib.ExitStack) -> int | None:
-    sock = held.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port just left counts as taken
+def _bind(port: int, held: contextlib.ExitStack) -> bool:
     try:
-        sock.bind((HOST, port))
+        held.enter_context(bind(port))
     except OSError:
-        return None
-    return int(sock.getsockname()[1])
+        return False
+    return True
 
 
 def serves_http(url: str) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 from pathlib import Path
 
 from hivetrain.errors import ConfigError
-from neurons.plan import HOST, UpOptions, neuron_flags
+from hivetrain.ports import free_port
+from neurons.plan import UpOptions, neuron_flags
 from neurons.report import Member, read_genesis
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,16 +36,10 @@ def register_miner(name: str, *, dir: Path) -> tuple[int, str]:
     with Chain(network="local", netuid=genesis.netuid, wallet=wallet, chain_endpoint=genesis.chain_endpoint) as chain:
         uid = chain.register()
     member = Member(name=name, hotkey_name="default", role="miner", ss58=WalletIdentity(wallet).hotkey)
-    flags = neuron_flags(UpOptions(dir=dir), member, genesis, axon_port=_free_port())
+    flags = neuron_flags(UpOptions(dir=dir), member, genesis, axon_port=free_port())
     script = Path(__file__).with_name("miner.py")
     flags += ["--logging.logging_dir", str(dir / "logs")]  # where `hivetrain logs` looks
     return uid, shlex.join(["python", _shown(script), *flags])
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 def _shown(script: Path) -> str:

@@ -8,7 +8,6 @@ import http.client
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hivetrain.manifest import FileEntry, Manifest
+from hivetrain.ports import free_port
 
 START_DEADLINE_S = 30.0
 
@@ -96,13 +96,6 @@ def running_hub(folder: Path, *options: str, token: str | None = None) -> Iterat
         yield hub
     finally:
         hub.close()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_manifest(epoch: int, files: Mapping[str, bytes], nonce: str = "") -> Manifest:

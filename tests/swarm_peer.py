@@ -102,26 +102,27 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     class Pace(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             time.sleep(pace_s)
+            result.setdefault("began_with", digest_of(model))
             if state.global_step == fail_at:
                 raise RuntimeError("a bug of the user's")
             if state.global_step == options.get("announce_at"):
                 print("TRAINING", flush=True)
 
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            result.setdefault("saved", {})[state.global_step] = digest_of(model)
+
+    result: dict[str, Any] = {}
     trainer = trainer_cls(
         model=model, args=args, train_dataset=dataset(), eval_dataset=dataset()[:32], callbacks=[Pace()]
     )
-    result: dict[str, Any] = {}
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=options.get("resume"))
     except (HivetrainError, RuntimeError) as exc:
         return {"error": type(exc).__name__, "message": str(exc), "seconds": time.monotonic() - began}
-    digest = hashlib.sha256()
-    for _, value in model.named_parameters():
-        digest.update(value.detach().float().contiguous().numpy().tobytes())
     history = trainer.state.log_history
     result["steps"] = trainer.state.global_step
-    result["digest"] = digest.hexdigest()
+    result["digest"] = digest_of(model)
     result["base_unchanged"] = all(torch.equal(value, dict(model.named_parameters())[n]) for n, value in before.items())
     result["rounds"] = [entry for entry in history if "swarm_epoch" in entry]
     result["rates"] = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
@@ -132,6 +133,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     }
     result["trainable"] = sum(value.numel() for value in model.parameters() if value.requires_grad)
     return result
+
+
+def digest_of(model: Any) -> str:
+    """SHA-256 of its parameters."""
+    digest = hashlib.sha256()
+    for _, value in model.named_parameters():
+        digest.update(value.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build_model(options: dict[str, Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from hivetrain.contribution import Contribution
 from hivetrain.data.assignment import NoSlot
 from hivetrain.data.reader import RoundData
 from hivetrain.errors import DataError, Fault
+from hivetrain.ports import free_port
 from hivetrain.scoring import CheckResult, MovingAverage, RoundFacts, Score, score_round
 from hivetrain.scoring.score import Bandwidth
 from hivetrain.training.inner import RoundWork
@@ -680,14 +680,6 @@ def test_miners_that_answer_and_have_nothing_are_not_excused_as_unreachable(
 def nowhere(port: int) -> Callable[[str], PeerAddress]:
     """Addresses at which nobody listens."""
     return lambda hotkey: PeerAddress(hotkey=hotkey, ip="127.0.0.1", port=port)
-
-
-def free_port() -> int:
-    """A port of loopback where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def _close(server: asyncio.Server) -> None:

@@ -20,10 +20,11 @@ import psutil
 
 from hivetrain.hub.client import HubStore
 from hivetrain.manifest import Manifest, Ref
+from hivetrain.ports import free_port
 from hivetrain.tracking.status import NeuronStatus, read_status
 from template.chain.client import Chain
 from template.chain.keys import verify
-from tests.hub_fixture import HubProcess, free_port
+from tests.hub_fixture import HubProcess
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,8 @@ import pytest
 from hivetrain.errors import HubError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubStore, snapshot
 from hivetrain.hub.remote import RemoteRepo
-from tests.hub_fixture import HubProcess, free_port, make_manifest, running_hub
+from hivetrain.ports import free_port
+from tests.hub_fixture import HubProcess, make_manifest, running_hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

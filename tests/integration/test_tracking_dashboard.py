@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hivetrain.ports import free_port
 from hivetrain.tracking import read_series, trackio_store
 from tests.browser import Colour, colour_points, screenshot, visit
 
@@ -73,12 +74,6 @@ def run_neurons(folder: Path, names: tuple[str, ...], num_steps: int) -> None:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def dashboard_command(store: Path, port: int) -> list[str]:
