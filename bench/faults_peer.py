@@ -123,8 +123,8 @@ def signal_after(number: int, frames: int) -> Patch:
     """Send ``number`` to ourselves once we have sent so many frames, the choice of their path apart."""
     real, left = FrameStream.send, [frames]
 
-    async def send(self: FrameStream, frame: Any) -> None:
-        await real(self, frame)
+    async def send(self: FrameStream, frame: Any, more: bool = False) -> None:
+        await real(self, frame, more)
         if isinstance(self._outgoing, Sealer):
             left[0] -= 1
             if not left[0]:
@@ -177,7 +177,7 @@ class _Twice:
         self._stream = stream
         self._sent: list[bytes] = []
 
-    async def send(self, frame: Any) -> None:
+    async def send(self, frame: Any, more: bool = False) -> None:
         self._sent.append(bytes(frame))
         again = self._sent[-2:] if len(self._sent) > 2 and len(self._sent) % 2 else []
         for each in (frame, *again):
@@ -204,12 +204,12 @@ def changes_data(change: Callable[[bytes], bytes], pause_s: float = 0.0) -> Patc
     """Of the frames with a vector's or mean's bytes, as opposed to messages."""
     real = FrameStream.send
 
-    async def send(self: FrameStream, frame: Any) -> None:
+    async def send(self: FrameStream, frame: Any, more: bool = False) -> None:
         data = bytes(frame)
         if len(data) >= 20_000:
             await asyncio.sleep(pause_s)
             data = change(data)
-        await real(self, data)
+        await real(self, data, more)
 
     return patch.object(FrameStream, "send", send)
 

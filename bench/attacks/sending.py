@@ -126,10 +126,10 @@ class BentStream:
     def remote_peer_id(self) -> str:
         return self._real.remote_peer_id
 
-    async def send(self, frame: Bytes) -> None:
+    async def send(self, frame: Bytes, more: bool = False) -> None:
         if self._delay is not None and (seconds := self._delay(self.remote_peer_id, len(frame))) > 0:
             await asyncio.sleep(seconds)
-        await self._real.send(self._rewrite(bytes(frame)) if self._rewrite is not None else frame)
+        await self._real.send(self._rewrite(bytes(frame)) if self._rewrite is not None else frame, more)
 
     async def receive(self, max_bytes: int) -> bytes:
         return await self._real.receive(max_bytes)

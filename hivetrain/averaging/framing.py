@@ -25,6 +25,7 @@ CLOSE_TIMEOUT_S = 5.0
 LINGER_S = 2.0
 LONG_FRAME_BYTES = 64 << 10  # other tasks get a turn before each frame that follows one of this size
 READ_AHEAD_BYTES = 16 << 10
+MAX_HELD_BYTES = 16 << 10
 _DISCARD_BYTES = 64 << 10
 _EMPTY = memoryview(b"")
 
@@ -69,7 +70,8 @@ class Clear:
 class FrameStream:
     """A `Stream` over a connected, non-blocking socket, which it owns. One task sends and one receives at a time.
 
-    A cancelled `receive` loses nothing; what a cancelled `send` had begun goes out before the next frame.
+    A cancelled `receive` loses nothing; what a cancelled `send` had begun goes out before the next frame. A short frame
+    that another one follows goes to the kernel with it: one call, and one wake-up at the other end.
 
     Args:
         remote_peer_id: as libp2p proved it.
@@ -103,6 +105,7 @@ class FrameStream:
         self._unsent = _EMPTY
         self._unwrapped: memoryview | None = None
         self._out_header = b""
+        self._held = b""  # short frames, wrapped, that wait for the next one
         self._sent_long = False
         # Incoming: of the frame that is on its way.
         self._incoming = incoming
@@ -127,7 +130,7 @@ class FrameStream:
 
     # Sending
 
-    async def send(self, frame: Bytes) -> None:
+    async def send(self, frame: Bytes, more: bool = False) -> None:
         view = memoryview(frame).cast("B")
         if len(view) > MAX_FRAME_BYTES:
             raise ValueError(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(view)}")
@@ -136,7 +139,11 @@ class FrameStream:
                 await asyncio.sleep(0)
             await self._drain()
             self._out_header = len(view).to_bytes(FRAME_LENGTH_BYTES, "big")
-            self._wrap(view, self._out_header)
+            prefix, self._held = self._held + self._out_header, b""
+            if more and len(prefix) + len(view) < MAX_HELD_BYTES:
+                self._hold(view, prefix)
+                return
+            self._wrap(view, prefix)
             self._sent_long = len(view) >= LONG_FRAME_BYTES
             try:
                 await self._drain()
@@ -145,6 +152,14 @@ class FrameStream:
                     self._unwrapped = memoryview(bytes(self._unwrapped))  # the caller's buffer is its own again
                 raise
             self._traffic.bytes_sent += len(view)
+
+    def _hold(self, view: memoryview, prefix: bytes) -> None:
+        self._live()
+        wrapped = bytearray(len(view) + self._outgoing.overhead)
+        self._outgoing.wrap(view, self._out_header, memoryview(wrapped))
+        self._held = prefix + wrapped
+        self._sent_long = False
+        self._traffic.bytes_sent += len(view)
 
     def _wrap(self, view: memoryview, prefix: bytes) -> None:
         record, rest = view[:RECORD_BYTES], view[RECORD_BYTES:]
@@ -294,6 +309,8 @@ class FrameStream:
             self._hang_up()
 
     async def _finish_sending(self) -> None:
+        if self._held and not self._unsent and self._unwrapped is None:
+            self._unsent, self._held = memoryview(self._held), b""
         if self._unsent or self._unwrapped is not None:
             with contextlib.suppress(LinkLost, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S), self._sending:

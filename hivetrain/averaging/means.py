@@ -136,7 +136,7 @@ async def send_mean(
         patience.feed()
         if index < len(mean.batches):
             assert mean.rank is not None
-            await stream.send(MeanBatch(rank=mean.rank, included=mean.masks[index]).to_bytes())
+            await stream.send(MeanBatch(rank=mean.rank, included=mean.masks[index]).to_bytes(), more=True)
             data = mean.view(index)
             await stream.send(data)
             link.bytes_sent += len(data)

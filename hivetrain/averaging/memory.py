@@ -141,7 +141,7 @@ class MemoryStream:
     def remote_peer_id(self) -> str:
         return self._remote_peer_id
 
-    async def send(self, frame: Bytes) -> None:
+    async def send(self, frame: Bytes, more: bool = False) -> None:
         script, index = self._out.script, self._out.sent
         self._out.sent += 1
         if script.delay_s:

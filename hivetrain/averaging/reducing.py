@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from hivetrain.averaging.codecs import Bytes
@@ -69,13 +67,14 @@ def reduce_chunks(
     Sections are joined apart: in a norm over both, second moments would vanish beside the pseudo-gradient.
     """
     combine = get_mean(plan.mean)
-    mean, position = np.empty(len(vectors[0]), dtype=np.float32), 0
+    pieces, position = [], 0
     for first, end in plan.blocks(start, stop):
         for span in plan.layout.spans(first, end):
             edge = position + span.num_elements
-            mean[position:edge] = combine([vector[position:edge] for vector in vectors], weights).numpy()
+            mean = combine([vector[position:edge] for vector in vectors], weights)
+            pieces.append(span.codec.encode(mean, seed + span.first_chunk))
             position = edge
-    return plan.layout.encode_chunks(torch.from_numpy(mean), start, stop, seed)
+    return b"".join(pieces)
 
 
 def rounding_seed(group_id: str) -> int:

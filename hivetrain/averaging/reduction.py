@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, member: Member, status: Status = Status.AWAITED) -> None:
         self.member = member
         self.status = status
-        self.inbox: deque[tuple[Tensor, bytearray | None]] = deque()  # values, and the memory that they may share
+        self.inbox: deque[tuple[Tensor, bytearray]] = deque()  # values, and the memory that they may share
         self.delivered = 0  # batches, those already averaged included
         self.lost_at: float | None = None  # by `Clock.awake`
         self.size_bytes, self.seconds = 0, 0.0  # read, and waited for
@@ -109,7 +109,7 @@ class Reduction:
             taken = [sender.inbox.popleft() for sender in present]
             vectors, weights = [vector for vector, _ in taken], [sender.member.weight for sender in present]
             data = reduce_chunks(state.plan, start, stop, vectors, weights, seed)
-            self._spare += [buffer for _, buffer in taken if buffer is not None]
+            self._spare += [buffer for _, buffer in taken]
             del taken, vectors
             hotkeys = {sender.member.hotkey for sender in present}
             self.mean.add(pack_mask([m.hotkey in hotkeys for m in state.plan.members]), data)
@@ -180,12 +180,18 @@ class Reduction:
         if sender is None or sender.status is Status.OUT or state.payload is None:
             return
         start, stop = self.mean.batches[index]
-        data = memoryview(state.payload)[self._layout.byte_offset(start) : self._layout.byte_offset(stop)]
+        buffer, data = self._buffer(start, stop)
+        data[:] = memoryview(state.payload)[self._layout.byte_offset(start) : self._layout.byte_offset(stop)]
         try:
-            sender.inbox.append((decode_sane(state.plan, start, stop, data), None))
+            sender.inbox.append((decode_sane(state.plan, start, stop, data), buffer))
             sender.delivered = index + 1
         except PeerFault as fault:
             self._put_out(sender, fault)
+
+    def _buffer(self, start: int, stop: int) -> tuple[bytearray, memoryview]:
+        """Memory for any batch, and the piece of it that chunks ``[start, stop)`` take."""
+        buffer = self._spare.pop() if self._spare else bytearray(self._batch_bytes)
+        return buffer, memoryview(buffer)[: self._layout.range_bytes(start, stop)]
 
     # Reading
 
@@ -246,8 +252,7 @@ class Reduction:
         header = await receive(stream, Batch)
         if (header.start, header.stop) != due:
             raise PeerFault(Fault.MALFORMED, f"expected chunks {due}, got {(header.start, header.stop)}")
-        buffer = self._spare.pop() if self._spare else bytearray(self._batch_bytes)
-        data = memoryview(buffer)[: self._layout.range_bytes(*due)]
+        buffer, data = self._buffer(*due)
         await stream.receive_into(data)
         seconds = clock.now() - began
         link.seconds += seconds

@@ -39,7 +39,10 @@ _Array = npt.NDArray[np.float32]
 
 
 def weighted_mean(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``(w_0 * x_0 + w_1 * x_1 + ...) / (w_0 + w_1 + ...)`` in the given order: float32, the shape of each vector."""
+    """``(w_0 * x_0 + w_1 * x_1 + ...) / (w_0 + w_1 + ...)`` in the given order: float32, the shape of each vector.
+
+    Weights that are all equal count as 1: the values are added as they are.
+    """
     return torch.from_numpy(_weighted_mean([vector.numpy() for vector in vectors], weights))
 
 
@@ -83,6 +86,8 @@ def num_trimmed(num_members: int) -> int:
 
 
 def _weighted_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array:
+    if len(set(weights)) == 1:
+        return _plain_mean(arrays)
     mean = np.multiply(arrays[0], np.float32(weights[0]))
     scratch = np.empty_like(mean)
     total = np.float32(weights[0])
@@ -91,6 +96,15 @@ def _weighted_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array
         np.add(mean, scratch, out=mean)
         total = np.float32(total + np.float32(weight))
     return np.divide(mean, total, out=mean)
+
+
+def _plain_mean(arrays: Sequence[_Array]) -> _Array:
+    if len(arrays) == 1:
+        return arrays[0].copy()
+    mean = np.add(arrays[0], arrays[1])
+    for array in arrays[2:]:
+        np.add(mean, array, out=mean)
+    return np.divide(mean, np.float32(len(arrays)), out=mean)
 
 
 def _bounded_mean(arrays: Sequence[_Array], weights: Sequence[float]) -> _Array:

@@ -256,7 +256,8 @@ class Server:
             return
         view = memoryview(state.payload)
         for start, stop in ranges:
-            await stream.send(Batch(start=start, stop=stop, proof=state.tree.range_proof(start, stop)).to_bytes())
+            batch = Batch(start=start, stop=stop, proof=state.tree.range_proof(start, stop))
+            await stream.send(batch.to_bytes(), more=True)
             data = view[layout.byte_offset(start) : layout.byte_offset(stop)]
             await stream.send(data)
             state.link(member).bytes_sent += len(data)

@@ -42,8 +42,11 @@ class Stream(Protocol):
         """The peer at the other end, as the transport proved it."""
         ...
 
-    async def send(self, frame: Bytes) -> None:
+    async def send(self, frame: Bytes, more: bool = False) -> None:
         """Send one frame; waits while the peer reads too slowly.
+
+        Args:
+            more: another one follows at once; a short frame may then wait to travel with it.
 
         Raises:
             LinkLost: the stream ended.

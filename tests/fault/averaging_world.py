@@ -106,15 +106,21 @@ class World:
         return self.keys[index].hotkey
 
     def mean(self, senders: Sequence[int]) -> dict[str, Tensor]:
-        """The definition, in plain torch: in order, multiply, add, divide, then what the codec keeps of it."""
-        total = sum(torch.tensor(self.plan.members[i].weight) for i in senders)
+        """The definition, in plain torch: in order, multiply, add, divide, then what the codec keeps of it.
+
+        Equal weights count as 1.
+        """
+        weights = {i: self.plan.members[i].weight for i in senders}
+        if len(set(weights.values())) == 1:
+            weights = dict.fromkeys(senders, 1.0)
+        total = sum(torch.tensor(weight) for weight in weights.values())
         codec, seed, chunk = get_codec(self.codec), rounding_seed(self.plan.group_id()), 0
         means = {}
         for section in self.layout.sections:
             acc = torch.zeros(section.num_elements)
             for i in senders:
                 sent = codec.decode(codec.encode(self.vectors[i][section.name], chunk), section.num_elements)
-                acc = acc + sent * self.plan.members[i].weight
+                acc = acc + sent * weights[i]
             means[section.name] = codec.decode(codec.encode(acc / total, seed + chunk), section.num_elements)
             chunk += -(-section.num_elements // 4096)
         return means
