@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+import uvloop
 
 from hivetrain.ports import free_port
 
@@ -347,4 +348,7 @@ async def main(kind: str, index: int, num_peers: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    # hivemind and gloo have loops of their own; ours runs on the loop that neurons use.
+    loop_factory = uvloop.new_event_loop if sys.argv[1].startswith("ours") else None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

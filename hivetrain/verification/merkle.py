@@ -20,7 +20,6 @@ from blake3 import blake3
 DIGEST_BYTES = 32
 ARITY = 8
 _LEAF, _NODE, _ROOT = (f"hivetrain-merkle/1 {kind}".encode().ljust(32, b"\0") for kind in ("leaf", "node", "root"))
-_KEYED = blake3(key=_LEAF)
 
 
 def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
@@ -30,11 +29,13 @@ def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
 
 def leaf_digests(data: memoryview, leaf_bytes: int) -> list[bytes]:
     """The digests of ``data`` cut into leaves of ``leaf_bytes``; the last one may be shorter."""
+    hasher = blake3(key=_LEAF)  # measured: to reset it takes a quarter of the time less than to make one per leaf
+    update, digest, reset = hasher.update, hasher.digest, hasher.reset
     digests = []
     for at in range(0, len(data), leaf_bytes):
-        hasher = _KEYED.copy()  # measured: a sixth of the time less than to set the key again
-        hasher.update(data[at : at + leaf_bytes])
-        digests.append(hasher.digest())
+        update(data[at : at + leaf_bytes])
+        digests.append(digest())
+        reset()
     return digests
 
 

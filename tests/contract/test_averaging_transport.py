@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 import pytest
+import uvloop
 
 from hivetrain.averaging.memory import MemoryHub
 from hivetrain.averaging.swarm import Swarm
@@ -224,8 +225,9 @@ SLOW = {"swarm over libp2p", "swarm that dials back"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAIRS]
 
 
+@pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("name", NAMES)
-def test_transport_keeps_its_contract(name: str) -> None:
+def test_transport_keeps_its_contract(name: str, make_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def main() -> None:
         async with PAIRS[name]() as (here, there, maddrs):
             for check in CHECKS:
@@ -236,4 +238,5 @@ def test_transport_keeps_its_contract(name: str) -> None:
         assert not here.alive
         assert not there.alive
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(main())
