@@ -8,13 +8,21 @@ from itertools import combinations
 from typing import Any
 
 from hivetrain.errors import HubNotFound, IntegrityError
-from hivetrain.run import Scoring
 from hivetrain.scoring import Score
-from hivetrain.scoring.explain import EVIDENCE, against_manifest, compare, follows, proves, recompute, tell
+from hivetrain.scoring.explain import (
+    EVIDENCE,
+    against_manifest,
+    against_recipe,
+    compare,
+    follows,
+    proves,
+    recompute,
+    tell,
+)
 from hivetrain.scoring.published import read_record
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
-from neurons.sources import Source
+from neurons.sources import PublishedTerms, Source
 from template.chain.keys import verify
 
 
@@ -89,7 +97,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         ConfigError: no such epoch, or no such miner in it.
         HivetrainError: no record, or the hub does not answer.
     """
-    _, recipe = source.genesis()
+    terms = source.terms()
     ref = source.epoch(epoch, verify)
     records, refused = source.records(ref, hotkey, verify)
     manifest = ref.manifest
@@ -102,7 +110,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         refused=refused,
     )
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
-        word = _word(source, record, hotkey, recipe.scoring)
+        word = _word(source, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
         word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
         found.words.append(word)
@@ -111,8 +119,10 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
     return found
 
 
-def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) -> ValidatorsWord:
-    again = recompute(record, scoring, verify)
+def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerms) -> ValidatorsWord:
+    again = recompute(record, terms.recipe.scoring, verify)
+    base = source.store.resolve(record.epoch)
+    found = [*again.problems, *against_recipe(record, terms, base)]
     published, score = record.miners[hotkey].published(), again.scores[hotkey]
     after = again.after.entries.get(hotkey)
     word = ValidatorsWord(
@@ -124,9 +134,11 @@ def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) ->
         average=after.value if after is not None else 0.0,
         share=again.shares.get(hotkey, 0.0),
         lines=tell(record, hotkey, again),
-        problems=[why for whose, why in again.problems if whose in ("", hotkey)],
-        elsewhere=sum(1 for whose, _ in again.problems if whose not in ("", hotkey)),
+        problems=[why for whose, why in found if whose in ("", hotkey)],
+        elsewhere=sum(1 for whose, _ in found if whose not in ("", hotkey)),
     )
+    if base is None:
+        word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
     word.problems += _unproved(source, record, hotkey)
     if record.previous:
         try:

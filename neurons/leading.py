@@ -55,6 +55,7 @@ class RoundNotes:
 
     miners: list[NeuronInfo]
     coins: bytes
+    ranks: Mapping[str, int] = field(default_factory=dict)  # as they were when the round began
     block_hash: str = ""  # of the challenge
     owed: frozenset[str] = frozenset()  # who refused its last check
     collected: Collected = field(default_factory=Collected)

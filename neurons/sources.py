@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import ConfigError, HivetrainError, IntegrityError
 from hivetrain.hub.client import HubStore
 from hivetrain.hub.folder import FolderStore
@@ -13,9 +17,21 @@ from hivetrain.manifest import Ref
 from hivetrain.run import Recipe, parse_recipe
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import RoundRecord
-from hivetrain.workbench import RECIPE_NAME
+from hivetrain.training.state import ADAPTER_NAME
+from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES
+from hivetrain.workbench import RECIPE_NAME, make_layout
 from neurons.main import log_retries
 from neurons.report import read_genesis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedTerms:
+    """`hivetrain.contribution.Terms`, read from epoch 0 without a model."""
+
+    run_id: str
+    schema_hash: str
+    recipe: Recipe
+    layout: PayloadLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +59,28 @@ class Source:
         if ref is None or RECIPE_NAME not in ref.manifest.files:
             raise ConfigError(f"{self.label} holds no run: it has no epoch 0")
         return ref, parse_recipe(self.store.read(ref, RECIPE_NAME).decode(errors="replace"))
+
+    def terms(self) -> PublishedTerms:
+        """What the run's receipts are held against.
+
+        Raises:
+            ConfigError: there is no run.
+            IntegrityError: epoch 0 holds no adapter that can be read.
+        """
+        ref, recipe = self.genesis()
+        entry = ref.manifest.files.get(ADAPTER_NAME)
+        if entry is None or entry.size_bytes > MAX_SNAPSHOT_BYTES:
+            raise IntegrityError(f"epoch 0 holds no {ADAPTER_NAME} of at most {MAX_SNAPSHOT_BYTES} bytes")
+        try:
+            tensors = load(self.store.read(ref, ADAPTER_NAME))
+        except (SafetensorError, ValueError) as exc:
+            raise IntegrityError(f"{ADAPTER_NAME} of epoch 0 cannot be read: {exc}") from exc
+        return PublishedTerms(
+            run_id=ref.manifest.run_id,
+            schema_hash=ref.manifest.schema_hash,
+            recipe=recipe,
+            layout=make_layout(sum(tensor.numel() for tensor in tensors.values()), recipe.averaging),
+        )
 
     def epoch(self, epoch: int, verify: Verify) -> Ref:
         """One epoch, its leader's signature checked.

@@ -84,7 +84,8 @@ class Validator(LeadingNeuron):
         self._stand_for(base)
         self._anchor_orphan(base)
         self.records.look_at(position.round - 1)
-        notes = RoundNotes(miners=self.miners(position.round_start), coins=secrets.token_bytes(32))
+        start = position.round_start
+        notes = RoundNotes(miners=self.miners(start), coins=secrets.token_bytes(32), ranks=self.ranks(start))
         self._prepare_replay(position, base)
         self._say("waiting", "for receipts")
         if self.wait_for_phase(position, Phase.COMMIT):
@@ -112,10 +113,9 @@ class Validator(LeadingNeuron):
             self.stopping.wait(min(0.5, self.schedule.block_time_s / 2))
             return self.blocks.block < end and not self.stopping.is_set()
 
-        ranks = self.ranks(position.round_start)
         notes.collected = collect_receipts(
             miners=notes.miners,
-            expected={n.hotkey: self._expected(position, base, n.hotkey, ranks[n.hotkey]) for n in notes.miners},
+            expected={n.hotkey: self._expected(position, base, n.hotkey, notes.ranks[n.hotkey]) for n in notes.miners},
             run_id=self.run_id,
             round_number=position.round,
             coins_digest=hashlib.sha256(notes.coins).digest(),
@@ -241,6 +241,7 @@ class Validator(LeadingNeuron):
                 facts=facts,
                 scores=scores,
                 receipts=notes.collected.receipts,
+                ranks=notes.ranks,
                 draws=notes.draws,
                 owed=notes.owed,
                 before=before,

@@ -88,7 +88,9 @@ class Ledger:
     ) -> RoundRecord:
         """Score a round in which everyone who is drawn passes, but for ``results``."""
         base, coins = base_ref(), bytes([round_number + 1]) * 32
-        held = {one.hotkey: signed_receipt(one, round_number, base) for one in miners} | dict(receipts or {})
+        ranks = {one.hotkey: rank for rank, one in enumerate(miners)}
+        held = {one.hotkey: signed_receipt(one, round_number, base, rank=ranks[one.hotkey]) for one in miners}
+        held |= receipts or {}
         draws = {hotkey: self.drawn(hotkey, round_number, coins) for hotkey in held}
         owed = frozenset(hotkey for hotkey in held if self.average.owes(hotkey))
         facts: dict[str, RoundFacts | Unscored] = {}
@@ -120,6 +122,7 @@ class Ledger:
             facts=facts,
             scores=scores,
             receipts=held,
+            ranks=ranks,
             draws=draws,
             owed=owed,
             before=before,

@@ -1,12 +1,14 @@
 """A score, computed again from what a validator published, and told in words. Pure: no hub, no clock.
 
-The record's facts are not believed where they can be checked: receipts must carry their miner's signature, draws must
-follow from the coins, scores from the facts, and the average after the round from the one before. The rest is the
-validator's word: replay distances (`hivetrain audit` takes them again), what it measured, what its own side missed.
+The record's facts are not believed where they can be checked: receipts must carry their miner's signature and say what
+recipe and base say, draws must follow from the coins, scores from the facts, and the average after the round from the
+one before. The rest is the validator's word: ranks, replay distances (`hivetrain audit` takes them again), what it
+measured, what its own side missed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +16,16 @@ import msgpack
 
 from hivetrain.averaging.group import plan_from_dict
 from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
+from hivetrain.contribution import Terms, expected_from, expected_receipt
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Verify
-from hivetrain.manifest import Manifest
+from hivetrain.manifest import Manifest, Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring.average import AverageState, Entry, MovingAverage
 from hivetrain.scoring.record import MinerRecord, RoundRecord, scoring_sha256
 from hivetrain.scoring.score import Score, Unscored, score_facts
 from hivetrain.verification.challenge import draw
-from hivetrain.verification.receipt import Receipt, parse_receipt
+from hivetrain.verification.receipt import Receipt, parse_receipt, receipt_faults
 
 MAX_PLAN_BYTES = 1 << 20
 EVIDENCE = {
@@ -156,6 +159,48 @@ def against_manifest(record: RoundRecord, manifest: Manifest) -> list[tuple[str,
     ]
 
 
+def against_recipe(record: RoundRecord, terms: Terms, base: Ref | None) -> list[tuple[str, str]]:
+    """What in the record's receipts does not follow from the recipe, the base and the ranks, by hotkey.
+
+    Args:
+        base: the epoch that the record starts from; None where it is not kept any more: its state, and who was in it,
+            are then not looked at.
+    """
+    if base is not None and (base.epoch, base.manifest_sha256) != (record.epoch, record.base_manifest):
+        words = f"it starts from {record.base_manifest[:12]}, but epoch {base.epoch} is {base.manifest_sha256[:12]}"
+        return [("", words)]
+    shared = Counter(miner.rank for miner in record.miners.values())
+    problems = []
+    for hotkey, miner in record.miners.items():
+        if miner.rank is not None and shared[miner.rank] > 1:
+            problems.append((hotkey, f"rank {miner.rank} is said of {shared[miner.rank]} miners"))
+        if miner.receipt is not None:
+            problems += [(hotkey, why) for why in _unlike(record, hotkey, miner.receipt, miner.rank, terms, base)]
+    return problems
+
+
+def _unlike(
+    record: RoundRecord, hotkey: str, receipt: Receipt, rank: int | None, terms: Terms, base: Ref | None
+) -> list[str]:
+    if rank is None:
+        return ["its receipt is taken, and its rank not said"]
+    if rank >= terms.recipe.data.max_miners:
+        return [f"rank {rank} has no assignment: the recipe has {terms.recipe.data.max_miners} slots"]
+    if base is not None:
+        expected = expected_receipt(terms, base, record.round, hotkey, rank)
+    else:
+        expected = expected_from(
+            terms,
+            record.round,
+            rank,
+            epoch=record.epoch,
+            base_manifest=record.base_manifest,
+            base_state=receipt.base_state,
+            was_in=True,
+        )
+    return [f"its receipt is to be refused: {fault.detail}" for fault in receipt_faults(receipt, expected)]
+
+
 def two_receipts(records: Sequence[RoundRecord], verify: Verify) -> dict[str, tuple[Receipt, Receipt]]:
     """Miners that signed two different receipts for one round, as the records of several validators show it."""
     first: dict[str, Receipt] = {}
@@ -205,6 +250,8 @@ def compare(ours: RoundRecord, theirs: RoundRecord, hotkey: str) -> list[str]:
         lines.append(f"{names}: only one of them has its receipt")
     elif one.receipt is not None and other.receipt is not None and one.receipt.sha256() != other.receipt.sha256():
         lines.append(f"{names}: hold different receipts of it: a proof that it signed two")
+    if one.rank != other.rank:
+        lines.append(f"{names}: rank {one.rank} and {other.rank}")
     if any(check.fault for check in one.checks) != any(check.fault for check in other.checks):
         lines.append(f"{names}: only one of them saw a check fail")
     scores = [entry.score.score if entry.score is not None else None for entry in (one, other)]
@@ -242,7 +289,7 @@ def _receipt_line(miner: MinerRecord) -> str:
         return f"receipt: none, {miner.refused or miner.ours or 'and no reason given'}"
     return (
         f"receipt: {receipt.sha256()[:12]}, {receipt.num_steps} steps, {receipt.num_tokens} tokens, "
-        f"loss {receipt.loss:.4f}, signed"
+        f"loss {receipt.loss:.4f}, rank {receipt.rank}, signed"
     )
 
 
@@ -272,6 +319,7 @@ def in_words(score: Score | Unscored) -> str:
 __all__ = [
     "Recomputed",
     "against_manifest",
+    "against_recipe",
     "compare",
     "follows",
     "proves",

@@ -86,6 +86,7 @@ class MinerRecord(_Frozen):
 
     Attributes:
         receipt: as it was received; None where there was none, or it was refused, for the reason in ``refused``.
+        rank: whose assignment it had, by the chain at the round's first block.
         drawn: the windows that the coins chose; empty: not checked.
         owed: it had refused its last check, and was drawn whatever the coins said.
         checks: results; the last one may be of an earlier round's receipts.
@@ -94,6 +95,7 @@ class MinerRecord(_Frozen):
     """
 
     receipt: Receipt | None = None
+    rank: Annotated[int, Field(ge=0, lt=MAX_MINERS)] | None = None
     refused: Words = ""
     drawn: Windows = ()
     owed: bool = False
@@ -251,13 +253,14 @@ def miner_record(
     score: Score | Unscored,
     *,
     receipt: Receipt | None,
+    rank: int | None = None,
     drawn: tuple[int, ...] = (),
     owed: bool = False,
 ) -> MinerRecord:
     """What is published of one miner."""
     fields: dict[str, Any] = {"ours": facts.why} if isinstance(facts, Unscored) else _known(facts)
     fields |= {"unscored": score.why} if isinstance(score, Unscored) else {"score": _score_record(score)}
-    return MinerRecord(receipt=receipt, drawn=drawn, owed=owed, **fields)
+    return MinerRecord(receipt=receipt, rank=rank, drawn=drawn, owed=owed, **fields)
 
 
 def _known(facts: RoundFacts) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def build_record(
     facts: Mapping[str, RoundFacts | Unscored],
     scores: Mapping[str, Score | Unscored],
     receipts: Mapping[str, Receipt],
+    ranks: Mapping[str, int],
     draws: Mapping[str, Draw],
     owed: frozenset[str],
     before: AverageState,
@@ -77,6 +78,7 @@ def build_record(
             facts[hotkey],
             scores[hotkey],
             receipt=receipts.get(hotkey),
+            rank=ranks.get(hotkey),
             drawn=draws[hotkey].windows if hotkey in draws else (),
             owed=hotkey in owed,
         )

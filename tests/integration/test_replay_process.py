@@ -27,6 +27,7 @@ from hivetrain.scoring import Bandwidth, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.judge import Answer, Judge
+from hivetrain.verification.receipt import sign_receipt
 from hivetrain.verification.worker import ReplayProcess, WorkerSpec
 from neurons.audit import run_audit
 from neurons.cli import app, main
@@ -222,6 +223,7 @@ def source(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Source:
         facts=facts,
         scores=scores,
         receipts=receipts,
+        ranks={hotkey: rank for rank, hotkey in enumerate(everyone)},
         draws=draws,
         owed=frozenset(),
         before=before,
@@ -292,6 +294,29 @@ def test_what_a_validator_makes_up_convicts_nobody(source: Source, tmp_path: Pat
     path.write_bytes(sign_record(lying, VALIDATOR).to_bytes())
     with pytest.raises(HivetrainError, match="none that it signed is published"):
         run_audit(dataclasses.replace(source, store=FolderStore(copy)), 1, MINER.hotkey, cache=tmp_path / "b")
+
+
+def test_a_receipt_of_more_than_it_did_is_told_line_by_line(source: Source, tmp_path: Path) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    record = RoundRecord.model_validate_json(path.read_bytes())
+    miner = record.miners[CHEAT.hotkey]
+    assert miner.receipt is not None
+    inflated = sign_receipt(miner.receipt.model_copy(update={"num_samples": 10**6, "num_tokens": 10**9}), CHEAT)
+    taken = miner.model_copy(update={"receipt": inflated})
+    lying = record.model_copy(update={"miners": {**record.miners, CHEAT.hotkey: taken}})
+    path.write_bytes(sign_record(lying, VALIDATOR).to_bytes())
+    told = dataclasses.replace(source, store=FolderStore(copy))
+    found = explain(told, 1, CHEAT.hotkey)
+    assert not found.holds
+    for name in ("num_samples is 1000000", "num_tokens is 1000000000"):
+        assert any(f"DIFFERS: its receipt is to be refused: receipt.{name}" in line for line in found.lines())
+    assert explain(told, 1, MINER.hotkey).words[0].elsewhere >= 2
+    verdict = run_audit(told, 1, CHEAT.hotkey, cache=tmp_path / "cache").verdict
+    assert (verdict.honest, verdict.num_steps) == (False, 0)
+    assert [line.split(" is ")[0] for line in verdict.lines] == ["receipt.num_samples", "receipt.num_tokens"]
 
 
 def command(*arguments: str) -> tuple[int, str]:
