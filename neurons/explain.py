@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from hivetrain.errors import HubNotFound, IntegrityError
+from hivetrain.errors import HubNotFound
 from hivetrain.scoring import Score
 from hivetrain.scoring.explain import (
     EVIDENCE,
     against_manifest,
     against_recipe,
     compare,
-    follows,
     proves,
     recompute,
     tell,
 )
-from hivetrain.scoring.published import read_record
+from hivetrain.scoring.history import follow_back
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
 from neurons.sources import PublishedTerms, Source
@@ -140,16 +139,9 @@ def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerm
     if base is None:
         word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
     word.problems += _unproved(source, record, hotkey)
-    if record.previous:
-        try:
-            earlier = read_record(source.store, source.repo, record.before.last_round, record.validator, verify)
-            word.problems += follows(record, earlier)
-        except HubNotFound:
-            word.lines.append(f"the record of round {record.before.last_round}, which it follows, is not there")
-        except IntegrityError as exc:
-            word.problems.append(str(exc))
-    elif record.before.entries:
-        word.lines.append("this validator's first record: the averages before it are its word")
+    chain = follow_back(source.store, source.repo, record, verify)
+    word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
+    word.problems += chain.problems
     return word
 
 

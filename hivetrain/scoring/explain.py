@@ -141,6 +141,8 @@ def receipt_problems(record: RoundRecord, hotkey: str, receipt: Receipt, verify:
 def follows(record: RoundRecord, previous: RoundRecord) -> list[str]:
     """What does not hold between a record and the one that it names as its previous, in words."""
     problems = []
+    if record.run_id != previous.run_id:
+        problems.append(f"the record of round {previous.round} is of another run")
     if record.previous != previous.sha256():
         problems.append(f"the record before is {previous.sha256()[:12]}, this one names {record.previous[:12]}")
     if record.before != previous.after:

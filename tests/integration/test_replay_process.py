@@ -365,6 +365,9 @@ def test_a_score_that_was_changed_is_found_and_a_forged_or_missing_record_is_an_
     status, text = command("explain", "1", MINER.hotkey, *elsewhere)
     assert (status, "DIFFERS: published 0.5" in text) == (1, True)
     assert command("explain", "1", CHEAT.hotkey, *elsewhere)[0] == 0  # its own score holds
+    path.write_bytes(sign_record(record.model_copy(update={"previous": "ab" * 32}), VALIDATOR).to_bytes())
+    status, text = command("explain", "1", MINER.hotkey, *elsewhere)
+    assert (status, "DIFFERS: its record of round 3 follows one of round -1" in text) == (1, True)
     path.write_bytes(lying.to_bytes())
     status, text = command("explain", "1", MINER.hotkey, *elsewhere)
     assert (status, "forged" in text) == (1, True)

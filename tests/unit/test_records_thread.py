@@ -11,13 +11,13 @@ import pytest
 
 from hivetrain.errors import Fault, HubError
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.scoring import CheckResult, RoundFacts, score_facts
+from hivetrain.scoring import CheckResult, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, evidence_path, record_path
 from template.validator import records as records_module
 from template.validator.records import RecordsThread
 from tests.keys import verify
-from tests.records_kit import FAST, MINERS, SCORING, SECOND, VALIDATOR, Ledger, base_ref, signed_receipt
+from tests.records_kit import FAST, MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, Ledger, base_ref, signed_receipt
 
 REPO = "run/model"
 THREE = MINERS[2].hotkey
@@ -113,23 +113,59 @@ def test_a_thread_that_is_closed_uploads_what_was_put_last(store: Flaky, tmp_pat
     assert published(store) == [record_path(0, VALIDATOR.hotkey)]
 
 
-def test_only_the_newest_rounds_wait_for_a_hub_that_never_answers(
+def test_only_the_newest_rounds_keep_their_evidence_for_a_hub_that_never_answers(
     store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records_module, "MAX_PENDING", 2)
     ledger, thread = Ledger(), thread_of(store, tmp_path)
+    opened = CheckResult(fault=Fault.WRONG_REPLAY, detail="x", evidence={"steps": b"\1\2"})
     for number in range(4):
-        thread.put(ledger.round(number), {})
+        assert thread.put(ledger.round(number, results={THREE: opened}), ledger.files[-1])
     thread.start()
     thread.close()
-    assert [path.split("/")[1] for path in published(store)] == ["round-000002", "round-000003"]
+    rounds = [path.split("/")[1] for path in published(store)]
+    assert rounds == ["round-000000", "round-000001", *["round-000002"] * 2, *["round-000003"] * 2]
 
 
-def test_a_disk_that_takes_nothing_costs_the_record_alone(store: Flaky, tmp_path: Path) -> None:
+def test_a_disk_that_takes_nothing_keeps_no_record_and_says_so(store: Flaky, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     thread = thread_of(store, tmp_path / "file")  # a file where the folder should be
-    thread.put(Ledger().round(0), {})
+    assert not thread.put(Ledger().round(0), {})
     assert thread.previous(0) == ""
+    assert thread.recover(RUN_ID) is None
+
+
+def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, tmp_path: Path) -> None:
+    ledger, folder = Ledger(), tmp_path / "checks"
+    first = thread_of(store, folder)
+    assert first.recover(RUN_ID) is None
+    for number in range(3):
+        first.put(ledger.round(number), {})
+    first.start()
+    first.close()
+    for where in (folder, tmp_path / "another machine"):  # killed before the averages were saved, and all of it lost
+        again = thread_of(store, where)
+        assert again.recover(RUN_ID) == ledger.average.state
+        assert again.previous(2) == ledger.records[2].sha256()
+    average = MovingAverage(tmp_path / "averages.json", SCORING)
+    average.catch_up(ledger.average.state)
+    average.catch_up(ledger.records[0].after)  # older: nothing changes
+    saved = MovingAverage(tmp_path / "averages.json", SCORING)
+    saved.load()
+    assert saved.state == ledger.average.state
+    assert thread_of(store, tmp_path / "another run").recover("cc" * 32) is None
+
+
+def test_a_record_counts_as_put_as_soon_as_it_is_on_disk(store: Flaky, tmp_path: Path) -> None:
+    ledger, thread = Ledger(), thread_of(store, tmp_path)
+    thread.put(ledger.round(0), {})
+    (ready,) = tmp_path.glob("round-*")
+    ready.rename(ready.with_suffix(".tmp"))  # what a kill leaves right before the record is ready
+    again = thread_of(store, tmp_path)
+    assert again.recover(RUN_ID) == ledger.average.state
+    again.start()
+    again.close()
+    assert published(store) == [record_path(0, VALIDATOR.hotkey)]
 
 
 def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
