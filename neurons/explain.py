@@ -33,10 +33,12 @@ class ValidatorsWord:
         lines: why, in words.
         problems: what in it does not hold for this miner.
         elsewhere: how much does not hold for other miners.
+        known: whether it is known for a validator; a stranger's word is shown, and decides nothing.
     """
 
     validator: str
     leads: bool
+    known: bool
     record_sha256: str
     published: float | None
     recomputed: float | None
@@ -62,8 +64,8 @@ class Explanation:
 
     @property
     def holds(self) -> bool:
-        """Whether every published score is the recomputed one, and no record is forged."""
-        return not self.refused and not any(word.problems for word in self.words)
+        """Whether every score of known validators is the recomputed one, and none of their records is forged."""
+        return not self.refused and not any(word.problems for word in self.words if word.known)
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -76,7 +78,7 @@ class Explanation:
         found = [f"epoch {self.epoch} (round {self.round}) of run {self.run_id[:12]}, miner {self.hotkey}"]
         found.append("its vector is in the epoch's mean" if self.in_mean else "its vector is not in the epoch's mean")
         for word in self.words:
-            role = ", the epoch's leader" if word.leads else ""
+            role = ", the epoch's leader" if word.leads else "" if word.known else ", not known for a validator"
             found.append(f"validator {word.validator}{role}, record {word.record_sha256[:12]}")
             found += [f"  {line}" for line in word.lines]
             found += [f"  DIFFERS: {problem}" for problem in word.problems]
@@ -108,12 +110,14 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         in_mean=hotkey in manifest.members,
         refused=refused,
     )
+    known = source.validators() | {manifest.leader}
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
         word = _word(source, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
+        word.known = record.validator in known
         word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
         found.words.append(word)
-    for one, other in combinations(records, 2):
+    for one, other in combinations([one for one in records if one.validator in known], 2):
         found.differences += compare(one, other, hotkey)
     return found
 
@@ -127,6 +131,7 @@ def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerm
     word = ValidatorsWord(
         validator=record.validator,
         leads=False,
+        known=False,
         record_sha256=record.sha256(),
         published=published.score if isinstance(published, Score) else None,
         recomputed=score.score if isinstance(score, Score) else None,

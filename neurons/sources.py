@@ -23,6 +23,8 @@ from hivetrain.workbench import RECIPE_NAME, make_layout
 from neurons.main import log_retries
 from neurons.report import read_genesis
 
+MAX_LEADERS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedTerms:
@@ -42,12 +44,14 @@ class Source:
         repo: of the run on the hub.
         endpoint: of the hub, "" where none is named.
         label: where it is, for messages.
+        named: hotkeys that are known for validators beside those who led.
     """
 
     store: HubStore | FolderStore
     repo: str
     endpoint: str
     label: str
+    named: frozenset[str] = frozenset()
 
     def genesis(self) -> tuple[Ref, Recipe]:
         """Epoch 0 and the recipe in it.
@@ -101,22 +105,31 @@ class Source:
             raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
         return ref
 
+    def validators(self) -> frozenset[str]:
+        """Whom this place knows for validators: the leaders of its newest epochs, and those who were named."""
+        refs = (self.store.resolve(epoch) for epoch in self.store.epochs()[-MAX_LEADERS:])
+        return self.named | {ref.manifest.leader for ref in refs if ref is not None}
+
     def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
         """The validators' records of the round that made an epoch, and why some are refused, by validator.
+
+        Strangers' records are read as well, if they can be; nobody is refused for a file under a made-up name.
 
         Raises:
             ConfigError: none of them has ``hotkey``.
             HivetrainError: there is none that holds.
         """
         number = ref.manifest.round
-        records, refused = read_records(self.store, self.repo, number, verify)
+        known = self.validators() | {ref.manifest.leader}
+        records, refused = read_records(self.store, self.repo, number, verify, known)
+        refused = {validator: why for validator, why in refused.items() if validator in known}
         records = [record for record in records if record.run_id == ref.manifest.run_id]
         if not records:
             why = "; ".join(refused.values()) or "no validator has published any"
             raise HivetrainError(f"no checks of round {number}, which made epoch {ref.epoch}: {why}")
         if not any(hotkey in record.miners for record in records):
-            known = sorted({one for record in records for one in record.miners})
-            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(known)}")
+            miners = sorted({one for record in records for one in record.miners})
+            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(miners)}")
         return [record for record in records if hotkey in record.miners], refused
 
 
@@ -127,17 +140,23 @@ def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | N
         ConfigError: nothing is there.
     """
     log_retries()
+    named: frozenset[str] = frozenset()
     if not endpoint and (dir / "genesis.json").is_file():
         genesis = read_genesis(dir)
         endpoint, repo = genesis.hub_endpoint, repo or genesis.hub_repo
+        named = frozenset(wallet.ss58 for wallet in genesis.wallets if wallet.role == "validator")
     if copy is not None:
         if not copy.is_dir():
             raise ConfigError(f"no folder {copy}; write one with `hivetrain mirror {copy}`")
-        return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy))
+        return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy), named=named)
     if not endpoint:
         raise ConfigError(f"no run in {dir}; name --dir, --hub.endpoint and --hub.repo, or a copy with --from FOLDER")
     if not repo:
         raise ConfigError("--hub.repo is needed with --hub.endpoint: the run's repository, OWNER/NAME")
     return Source(
-        store=HubStore(endpoint=endpoint, repo=repo), repo=repo, endpoint=endpoint, label=f"{repo} on {endpoint}"
+        store=HubStore(endpoint=endpoint, repo=repo),
+        repo=repo,
+        endpoint=endpoint,
+        label=f"{repo} on {endpoint}",
+        named=named,
     )

@@ -51,7 +51,8 @@ class Validator(LeadingNeuron):
         super().start()
         repo = self.config.hub.repo or self._repo
         self._last_record: RoundRecord | None = None
-        self.records = RecordsThread(self.store, repo, self.config.state_dir / "checks", self.identity.hotkey, verify)
+        folder, me = self.config.state_dir / "checks", self.identity.hotkey
+        self.records = RecordsThread(self.store, repo, folder, me, verify, self.validators)
         found = self._patiently(lambda: self.records.recover(self.run_id), f"check --hub.endpoint {self.hub_endpoint}")
         if found is not None:
             self.average.catch_up(found)

@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import msgpack
@@ -143,14 +143,24 @@ class RecordsThread:
     Args:
         folder: where records wait; survives a restart.
         me: our own hotkey.
+        validators: hotkeys with a permit: nobody else's records are read.
     """
 
-    def __init__(self, store: ArtefactStore, repo: str, folder: Path, me: str, verify: Verify) -> None:
+    def __init__(
+        self,
+        store: ArtefactStore,
+        repo: str,
+        folder: Path,
+        me: str,
+        verify: Verify,
+        validators: Callable[[], Collection[str]],
+    ) -> None:
         self._store = store
         self._repo = repo
         self._folder = folder
         self._me = me
         self._verify = verify
+        self._validators = validators
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._to_read: deque[int] = deque(maxlen=4)
@@ -284,14 +294,14 @@ class RecordsThread:
     def _read_others(self) -> None:
         while self._to_read and not self._closing.is_set():
             number = self._to_read.popleft()
+            others = set(self._validators()) - {self._me}
             try:
-                records, refused = read_records(self._store, self._repo, number, self._verify)
+                found, refused = read_records(self._store, self._repo, number, self._verify, others, strangers=False)
             except ServiceError as exc:
                 logger.info("cannot read the others' checks of round %d: %s", number, exc)
                 continue
             for why in refused.values():
                 logger.warning("%s", why)
-            found = [record for record in records if record.validator != self._me]
             self._others = {known: rows for known, rows in self._others.items() if known > number - 4}
             self._others[number] = found
 

@@ -319,6 +319,29 @@ def test_a_receipt_of_more_than_it_did_is_told_line_by_line(source: Source, tmp_
     assert [line.split(" is ")[0] for line in verdict.lines] == ["receipt.num_samples", "receipt.num_tokens"]
 
 
+def test_a_stranger_beside_the_validators_changes_nothing(source: Source, tmp_path: Path) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    record = RoundRecord.model_validate_json((copy / record_path(ROUND, VALIDATOR.hotkey)).read_bytes())
+    lie = record.model_copy(update={"validator": SILENT.hotkey, "shares": {SILENT.hotkey: 1.0}})
+    (copy / record_path(ROUND, SILENT.hotkey)).write_bytes(sign_record(lie, SILENT).to_bytes())
+    for number in range(100):
+        (copy / record_path(ROUND, f"0{number}")).write_bytes(b"junk")
+    beside = dataclasses.replace(source, store=FolderStore(copy))
+    found = explain(beside, 1, MINER.hotkey)
+    assert found.holds, found.lines()
+    assert [(word.validator, word.known) for word in found.words] == [(VALIDATOR.hotkey, True)]
+    for path in (copy / record_folder(ROUND)).glob("0*.json"):
+        path.unlink()
+    found = explain(beside, 1, MINER.hotkey)
+    assert found.holds
+    assert [word.known for word in found.words] == [True, False]
+    assert "not known for a validator" in "\n".join(found.lines())
+    named = dataclasses.replace(beside, named=frozenset({SILENT.hotkey}))
+    assert not explain(named, 1, MINER.hotkey).holds
+
+
 def command(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, list(arguments))
     if isinstance(done.exception, HivetrainError):

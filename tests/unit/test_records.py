@@ -16,7 +16,7 @@ from hivetrain.manifest import Manifest
 from hivetrain.run import MAX_SNAPSHOTS
 from hivetrain.scoring import CheckResult, RoundFacts, Unscored
 from hivetrain.scoring.explain import against_manifest, compare, follows, proves, recompute, tell, two_receipts
-from hivetrain.scoring.published import read_records
+from hivetrain.scoring.published import MAX_STRANGERS, read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
     MAX_RECORD_BYTES,
@@ -319,6 +319,17 @@ def test_records_are_read_from_a_store_and_forged_ones_are_named(ledger: Ledger)
     assert records == [record]
     assert list(forged) == [SECOND.hotkey]
     assert read_records(store, "a/b", 7, verify) == ([], {})
+
+
+def test_strangers_files_do_not_crowd_out_those_who_are_known(ledger: Ledger) -> None:
+    store, record = MemoryStore(), ledger.round(0)
+    files = {record_path(0, f"0{number}"): b"junk" for number in range(2000)}
+    files |= {evidence_path(0, f"{number:064x}"): b"" for number in range(2000)}
+    store.publish_artefacts("a/b", CHECKS_BRANCH, files | {record_path(0, VALIDATOR.hotkey): record.to_bytes()})
+    known = [VALIDATOR.hotkey, SECOND.hotkey]
+    records, forged = read_records(store, "a/b", 0, verify, known)
+    assert (records, len(forged)) == ([record], MAX_STRANGERS)
+    assert read_records(store, "a/b", 0, verify, known, strangers=False) == ([record], {})
 
 
 def test_facts_survive_their_publication(ledger: Ledger) -> None:

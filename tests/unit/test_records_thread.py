@@ -51,7 +51,8 @@ def store() -> Flaky:
 
 
 def thread_of(store: MemoryStore, folder: Path) -> RecordsThread:
-    return RecordsThread(store, REPO, folder, VALIDATOR.hotkey, verify)
+    validators = [VALIDATOR.hotkey, SECOND.hotkey, MINERS[0].hotkey]
+    return RecordsThread(store, REPO, folder, VALIDATOR.hotkey, verify, lambda: validators)
 
 
 @pytest.fixture
@@ -186,6 +187,18 @@ def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
     assert ours.average.cooldown_left(THREE, 2) == SCORING.cooldown_rounds
     assert ours.average.value(THREE) == 0
     assert records.double_commits(None) == {}
+
+
+def test_what_strangers_put_beside_the_validators_records_is_not_read(store: Flaky, records: RecordsThread) -> None:
+    second = signed_receipt(MINERS[2], 0, base_ref(), loss=4.4)
+    strangers = {record_path(0, f"0{number}"): b"junk" for number in range(300)}
+    accuser = Ledger(MINERS[1]).round(0, receipts={THREE: second})
+    theirs = Ledger(SECOND).round(0)
+    strangers |= {record_path(0, one.validator): one.to_bytes() for one in (accuser, theirs)}
+    store.publish_artefacts(REPO, CHECKS_BRANCH, strangers)
+    records.look_at(0)
+    until(lambda: records.others(0), "the others' records were not read")
+    assert [one.validator for one in records.others(0)] == [SECOND.hotkey]
 
 
 def test_a_forged_record_accuses_nobody(store: Flaky, records: RecordsThread) -> None:
