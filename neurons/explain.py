@@ -12,6 +12,7 @@ from hivetrain.scoring import Score
 from hivetrain.scoring.explain import (
     EVIDENCE,
     against_manifest,
+    against_measures,
     against_recipe,
     compare,
     proves,
@@ -19,6 +20,7 @@ from hivetrain.scoring.explain import (
     tell,
 )
 from hivetrain.scoring.history import follow_back
+from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
 from neurons.sources import PublishedTerms, Source
@@ -126,14 +128,14 @@ def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerm
     again = recompute(record, terms.recipe.scoring, verify)
     base = source.store.resolve(record.epoch)
     found = [*again.problems, *against_recipe(record, terms, base)]
-    published, score = record.miners[hotkey].published(), again.scores[hotkey]
+    said, score = record.miners[hotkey].published(), again.scores[hotkey]
     after = again.after.entries.get(hotkey)
     word = ValidatorsWord(
         validator=record.validator,
         leads=False,
         known=False,
         record_sha256=record.sha256(),
-        published=published.score if isinstance(published, Score) else None,
+        published=said.score if isinstance(said, Score) else None,
         recomputed=score.score if isinstance(score, Score) else None,
         average=after.value if after is not None else 0.0,
         share=again.shares.get(hotkey, 0.0),
@@ -143,6 +145,9 @@ def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerm
     )
     if base is None:
         word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
+    measured = record.miners[hotkey].measures
+    before, _ = read_records(source.store, source.repo, record.round - 1, verify, measured, strangers=False)
+    word.problems += against_measures(record, hotkey, before)
     word.problems += _unproved(source, record, hotkey)
     chain = follow_back(source.store, source.repo, record, verify)
     word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")

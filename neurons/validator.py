@@ -203,6 +203,7 @@ class Validator(LeadingNeuron):
             average=self.average,
             round_number=position.round,
             proven=proven_averages(seen, verify) | self.records.double_commits(self._last_record),
+            measures=self.records.measures(position.round - 1, self._last_record),
         )
         self._last_record = None  # a second receipt is counted once
         scores = score_facts(facts, self.recipe.scoring)

@@ -22,7 +22,7 @@ from hivetrain.identity import Verify
 from hivetrain.manifest import Manifest, Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring.average import AverageState, Entry, MovingAverage
-from hivetrain.scoring.record import MinerRecord, RoundRecord, scoring_sha256
+from hivetrain.scoring.record import BandwidthRecord, MinerRecord, RoundRecord, measures_of, scoring_sha256
 from hivetrain.scoring.score import Score, Unscored, score_facts
 from hivetrain.verification.challenge import draw
 from hivetrain.verification.receipt import Receipt, parse_receipt, receipt_faults
@@ -181,6 +181,20 @@ def against_recipe(record: RoundRecord, terms: Terms, base: Ref | None) -> list[
     return problems
 
 
+def against_measures(record: RoundRecord, hotkey: str, before: Sequence[RoundRecord]) -> list[str]:
+    """Measures of ``hotkey`` in a record that are not what those validators published.
+
+    Args:
+        before: the validators' records of the round before that hold.
+    """
+    said = measures_of(one for one in before if (one.run_id, one.round) == (record.run_id, record.round - 1))
+    return [
+        f"{validator[:8]} published no such measure of it in round {record.round - 1}"
+        for validator, measure in record.miners[hotkey].measures.items()
+        if said.get(hotkey, {}).get(validator) != measure.measured()
+    ]
+
+
 def _unlike(
     record: RoundRecord, hotkey: str, receipt: Receipt, rank: int | None, terms: Terms, base: Ref | None
 ) -> list[str]:
@@ -267,6 +281,7 @@ def tell(record: RoundRecord, hotkey: str, found: Recomputed) -> list[str]:
     """Why ``hotkey`` has the score that it has, line by line."""
     miner, facts = record.miners[hotkey], record.miners[hotkey].facts()
     lines = [_receipt_line(miner), _draw_line(record, miner)]
+    lines += [f"measured: {_measure(one)} by {name[:8]}, round before" for name, one in sorted(miner.measures.items())]
     lines += [f"check: {check.result().in_words()}" for check in miner.checks]
     score = found.scores[hotkey]
     if isinstance(score, Unscored) or isinstance(facts, Unscored):
@@ -295,6 +310,11 @@ def _receipt_line(miner: MinerRecord) -> str:
     )
 
 
+def _measure(measured: BandwidthRecord) -> str:
+    when = measured.fault or ("in time" if measured.in_time else "late")
+    return f"{measured.size_bytes} bytes in {measured.seconds:.3f} s, {when}"
+
+
 def _draw_line(record: RoundRecord, miner: MinerRecord) -> str:
     if not miner.drawn:
         return "draw: not checked this round"
@@ -321,6 +341,7 @@ def in_words(score: Score | Unscored) -> str:
 __all__ = [
     "Recomputed",
     "against_manifest",
+    "against_measures",
     "against_recipe",
     "compare",
     "follows",

@@ -51,6 +51,8 @@ def read_records(
         others = sorted({one[1] for one in named if one is not None and one[0] == round_number} - set(names))
         names += others[:MAX_STRANGERS]
     for validator in names:
+        if parse_record_path(record_path(round_number, validator)) is None:
+            continue  # no hotkey: nobody can have a record under it
         try:
             records.append(read_record(store, repo, round_number, validator, verify))
         except HubNotFound:

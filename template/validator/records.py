@@ -25,7 +25,7 @@ from hivetrain.hub.store import ArtefactStore
 from hivetrain.identity import Identity, Verify
 from hivetrain.manifest import Ref
 from hivetrain.run import Scoring
-from hivetrain.scoring import AverageState, CheckResult, RoundFacts, Score, Unscored
+from hivetrain.scoring import AverageState, Bandwidth, CheckResult, RoundFacts, Score, Unscored
 from hivetrain.scoring.explain import proves, two_receipts
 from hivetrain.scoring.history import last_record
 from hivetrain.scoring.published import read_records
@@ -34,6 +34,7 @@ from hivetrain.scoring.record import (
     MAX_RECORD_BYTES,
     RoundRecord,
     evidence_path,
+    measures_of,
     miner_record,
     pack_evidence,
     record_path,
@@ -248,6 +249,11 @@ class RecordsThread:
     def others(self, round_number: int) -> list[RoundRecord]:
         """What was read of that round by now."""
         return self._others.get(round_number, [])
+
+    def measures(self, round_number: int, ours: RoundRecord | None) -> dict[str, dict[str, Bandwidth]]:
+        """What was published of that round's sending, by miner, by validator; of ours, if that is of that round."""
+        mine = [ours] if ours is not None and ours.round == round_number else []
+        return measures_of([*mine, *self.others(round_number)])
 
     def double_commits(self, ours: RoundRecord | None) -> dict[str, CheckResult]:
         """Who signed another receipt for the round of ``ours`` than the one that we hold, with both as evidence."""

@@ -199,6 +199,10 @@ def test_what_strangers_put_beside_the_validators_records_is_not_read(store: Fla
     records.look_at(0)
     until(lambda: records.others(0), "the others' records were not read")
     assert [one.validator for one in records.others(0)] == [SECOND.hotkey]
+    mine = Ledger().round(0)
+    assert set(records.measures(0, mine)[THREE]) == {VALIDATOR.hotkey, SECOND.hotkey}
+    assert set(records.measures(0, Ledger().round(1))[THREE]) == {SECOND.hotkey}
+    assert records.measures(1, mine) == {}
 
 
 def test_a_forged_record_accuses_nobody(store: Flaky, records: RecordsThread) -> None:
