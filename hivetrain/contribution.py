@@ -6,13 +6,16 @@ Built once by the model's thread; what the network side needs of it later are pl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from hivetrain.averaging.feedback import Remainder, codec_seed, rest_of
+from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.data.reader import RoundData
 from hivetrain.identity import Identity
 from hivetrain.manifest import Ref
+from hivetrain.run import Recipe
 from hivetrain.training.inner import RoundWork
 from hivetrain.training.outer import pseudo_gradient
 from hivetrain.training.state import Snapshot, State
@@ -160,36 +163,66 @@ def displacement_sketch(run_id: str, round_number: int, start: State, final: Sna
     return to_hex(count_sketch(moved, sketch_seed(run_id, round_number)))
 
 
-def expected_receipt(parts: Parts, base: Ref, round_number: int, hotkey: str, rank: int) -> Expected:
+class Terms(Protocol):
+    """What a run's receipts are held against: `Parts` has it, and so has whoever read the run without a model."""
+
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def schema_hash(self) -> str: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def layout(self) -> PayloadLayout: ...
+
+
+def expected_receipt(terms: Terms, base: Ref, round_number: int, hotkey: str, rank: int) -> Expected:
     """What the receipt of an honest ``hotkey`` says of a round that starts from ``base``."""
-    data, inner = parts.recipe.data, parts.recipe.inner
-    samples = data.batch_size * data.accumulation
-    return Expected(
-        run_id=parts.run_id,
-        round=round_number,
+    return expected_from(
+        terms,
+        round_number,
+        rank,
         epoch=base.epoch,
         base_manifest=base.manifest_sha256,
         base_state=base.manifest.state_hash,
-        schema_hash=parts.schema_hash,
-        layout_hash=parts.layout.layout_hash,
-        num_chunks=parts.layout.num_chunks,
+        # A merge leaves no remainder: the vector it belonged to is gone.
+        was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
+    )
+
+
+def expected_from(
+    terms: Terms, round_number: int, rank: int, *, epoch: int, base_manifest: str, base_state: str, was_in: bool
+) -> Expected:
+    """As `expected_receipt`, of a base of which only this is known."""
+    data, inner = terms.recipe.data, terms.recipe.inner
+    samples = data.batch_size * data.accumulation
+    return Expected(
+        run_id=terms.run_id,
+        round=round_number,
+        epoch=epoch,
+        base_manifest=base_manifest,
+        base_state=base_state,
+        schema_hash=terms.schema_hash,
+        layout_hash=terms.layout.layout_hash,
+        num_chunks=terms.layout.num_chunks,
         rank=rank,
         max_steps=inner.max_steps,
         snapshot_every=inner.snapshot_every,
         samples_per_step=samples,
         tokens_per_step=samples * data.seq_len,
-        feeds_back=parts.recipe.averaging.feeds_back,
-        # A merge leaves no remainder: the vector it belonged to is gone.
-        was_in=hotkey in base.manifest.receipts and base.manifest.base_epoch != base.manifest.epoch,
+        feeds_back=terms.recipe.averaging.feeds_back,
+        was_in=was_in,
     )
 
 
 __all__ = [
     "Contribution",
     "Encoded",
+    "Terms",
     "build_contribution",
     "codec_seed",
     "displacement_sketch",
     "encode_payload",
+    "expected_from",
     "expected_receipt",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hivetrain.contribution import expected_receipt
 from hivetrain.data.assignment import NoSlot
 from hivetrain.errors import ConfigError, HivetrainError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubDataset
@@ -16,7 +17,7 @@ from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.scoring.explain import receipt_problems, two_receipts
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.verification.audit import AuditVerdict, audit
-from hivetrain.verification.receipt import Receipt
+from hivetrain.verification.receipt import Receipt, receipt_faults
 from hivetrain.verification.steps import opens
 from hivetrain.workbench import Workbench
 from neurons.sources import Source
@@ -66,11 +67,13 @@ def run_audit(
     twice = two_receipts(records, verify).get(hotkey)
     if twice is not None:
         line = f"signed two receipts for this round: {twice[0].sha256()[:12]} and {twice[1].sha256()[:12]}"
-        verdict = AuditVerdict(
-            honest=False, distance=None, loss=None, first_wrong_step=None, num_steps=0, lines=(line,)
-        )
+        verdict = _not_honest((line,))
     else:
         verdict = _replay(source, receipt, _steps(source, records, hotkey, receipt), cache, on_step)
+    others = sorted({str(record.miners[hotkey].rank) for record in records} - {str(receipt.rank)})
+    if others:  # a validator's word alone convicts nobody
+        line = f"it worked as rank {receipt.rank}, validators say rank {', '.join(others)}"
+        verdict = replace(verdict, lines=(*verdict.lines, line))
     return Audit(epoch=epoch, round=ref.manifest.round, hotkey=hotkey, receipt_sha256=receipt.sha256(), verdict=verdict)
 
 
@@ -86,14 +89,23 @@ def _replay(
     base = source.store.resolve(receipt.epoch)
     if base is None:
         raise HivetrainError(f"epoch {receipt.epoch}, from which it started, is not kept any more")
-    if (base.manifest_sha256, base.manifest.state_hash) != (receipt.base_manifest, receipt.base_state):
+    if base.manifest_sha256 != receipt.base_manifest:
         raise HivetrainError(f"the receipt starts from another epoch {receipt.epoch} than the one that is published")
+    expected = expected_receipt(parts, base, receipt.round, receipt.hotkey, receipt.rank)
+    faults = receipt_faults(receipt, expected)
+    if faults:
+        return _not_honest(tuple(fault.detail for fault in faults))
     state = parts.base.adopt_(bench.load_state(base, parts))
     try:
         data = bench.round_data(parts, receipt.round, receipt.rank)
     except NoSlot as exc:
         raise HivetrainError(f"rank {receipt.rank} was assigned nothing: {exc}") from exc
     return audit(parts, state, data, receipt, steps, on_step=lambda report: on_step(report.step + 1, receipt.num_steps))
+
+
+def _not_honest(lines: tuple[str, ...]) -> AuditVerdict:
+    """What needs no replay."""
+    return AuditVerdict(honest=False, distance=None, loss=None, first_wrong_step=None, num_steps=0, lines=lines)
 
 
 def _receipt(records: Sequence[RoundRecord], hotkey: str) -> Receipt:

@@ -7,14 +7,23 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from hivetrain.errors import HubNotFound, IntegrityError
-from hivetrain.run import Scoring
+from hivetrain.errors import HubNotFound
 from hivetrain.scoring import Score
-from hivetrain.scoring.explain import EVIDENCE, against_manifest, compare, follows, proves, recompute, tell
-from hivetrain.scoring.published import read_record
+from hivetrain.scoring.explain import (
+    EVIDENCE,
+    against_manifest,
+    against_measures,
+    against_recipe,
+    compare,
+    proves,
+    recompute,
+    tell,
+)
+from hivetrain.scoring.history import follow_back
+from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
-from neurons.sources import Source
+from neurons.sources import PublishedTerms, Source
 from template.chain.keys import verify
 
 
@@ -26,10 +35,12 @@ class ValidatorsWord:
         lines: why, in words.
         problems: what in it does not hold for this miner.
         elsewhere: how much does not hold for other miners.
+        known: whether it is known for a validator; a stranger's word is shown, and decides nothing.
     """
 
     validator: str
     leads: bool
+    known: bool
     record_sha256: str
     published: float | None
     recomputed: float | None
@@ -55,8 +66,8 @@ class Explanation:
 
     @property
     def holds(self) -> bool:
-        """Whether every published score is the recomputed one, and no record is forged."""
-        return not self.refused and not any(word.problems for word in self.words)
+        """Whether every score of known validators is the recomputed one, and none of their records is forged."""
+        return not self.refused and not any(word.problems for word in self.words if word.known)
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -69,7 +80,7 @@ class Explanation:
         found = [f"epoch {self.epoch} (round {self.round}) of run {self.run_id[:12]}, miner {self.hotkey}"]
         found.append("its vector is in the epoch's mean" if self.in_mean else "its vector is not in the epoch's mean")
         for word in self.words:
-            role = ", the epoch's leader" if word.leads else ""
+            role = ", the epoch's leader" if word.leads else "" if word.known else ", not known for a validator"
             found.append(f"validator {word.validator}{role}, record {word.record_sha256[:12]}")
             found += [f"  {line}" for line in word.lines]
             found += [f"  DIFFERS: {problem}" for problem in word.problems]
@@ -89,7 +100,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         ConfigError: no such epoch, or no such miner in it.
         HivetrainError: no record, or the hub does not answer.
     """
-    _, recipe = source.genesis()
+    terms = source.terms()
     ref = source.epoch(epoch, verify)
     records, refused = source.records(ref, hotkey, verify)
     manifest = ref.manifest
@@ -101,43 +112,46 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         in_mean=hotkey in manifest.members,
         refused=refused,
     )
+    known = source.validators() | {manifest.leader}
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
-        word = _word(source, record, hotkey, recipe.scoring)
+        word = _word(source, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
+        word.known = record.validator in known
         word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
         found.words.append(word)
-    for one, other in combinations(records, 2):
+    for one, other in combinations([one for one in records if one.validator in known], 2):
         found.differences += compare(one, other, hotkey)
     return found
 
 
-def _word(source: Source, record: RoundRecord, hotkey: str, scoring: Scoring) -> ValidatorsWord:
-    again = recompute(record, scoring, verify)
-    published, score = record.miners[hotkey].published(), again.scores[hotkey]
+def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerms) -> ValidatorsWord:
+    again = recompute(record, terms.recipe.scoring, verify)
+    base = source.store.resolve(record.epoch)
+    found = [*again.problems, *against_recipe(record, terms, base)]
+    said, score = record.miners[hotkey].published(), again.scores[hotkey]
     after = again.after.entries.get(hotkey)
     word = ValidatorsWord(
         validator=record.validator,
         leads=False,
+        known=False,
         record_sha256=record.sha256(),
-        published=published.score if isinstance(published, Score) else None,
+        published=said.score if isinstance(said, Score) else None,
         recomputed=score.score if isinstance(score, Score) else None,
         average=after.value if after is not None else 0.0,
         share=again.shares.get(hotkey, 0.0),
         lines=tell(record, hotkey, again),
-        problems=[why for whose, why in again.problems if whose in ("", hotkey)],
-        elsewhere=sum(1 for whose, _ in again.problems if whose not in ("", hotkey)),
+        problems=[why for whose, why in found if whose in ("", hotkey)],
+        elsewhere=sum(1 for whose, _ in found if whose not in ("", hotkey)),
     )
+    if base is None:
+        word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
+    measured = record.miners[hotkey].measures
+    before, _ = read_records(source.store, source.repo, record.round - 1, verify, measured, strangers=False)
+    word.problems += against_measures(record, hotkey, before)
     word.problems += _unproved(source, record, hotkey)
-    if record.previous:
-        try:
-            earlier = read_record(source.store, source.repo, record.before.last_round, record.validator, verify)
-            word.problems += follows(record, earlier)
-        except HubNotFound:
-            word.lines.append(f"the record of round {record.before.last_round}, which it follows, is not there")
-        except IntegrityError as exc:
-            word.problems.append(str(exc))
-    elif record.before.entries:
-        word.lines.append("this validator's first record: the averages before it are its word")
+    chain = follow_back(source.store, source.repo, record, verify)
+    word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
+    word.problems += chain.problems
     return word
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from hivetrain.averaging.group import GroupPlan
-from hivetrain.errors import HubConflict, ServiceError
+from hivetrain.errors import HubConflict, IntegrityError, ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position, phase_window
 from hivetrain.scoring import CheckResult, MovingAverage
@@ -55,6 +55,7 @@ class RoundNotes:
 
     miners: list[NeuronInfo]
     coins: bytes
+    ranks: Mapping[str, int] = field(default_factory=dict)  # as they were when the round began
     block_hash: str = ""  # of the challenge
     owed: frozenset[str] = frozenset()  # who refused its last check
     collected: Collected = field(default_factory=Collected)
@@ -232,7 +233,7 @@ class LeadingNeuron(Neuron):
 
     def complete(self, position: Position, base: Ref, notes: RoundNotes, attempt: int) -> None:
         """Publish the result that we hold, for its leader is silent; it may have got as far as the tag."""
-        if self.store.resolve(base.epoch + 1) is not None:
+        if self._child(base) is not None:
             self._anchor_orphan(base)
             return
         held = next(one for one in reversed(self.exchanges) if one.done.state is not None)
@@ -282,6 +283,7 @@ class LeadingNeuron(Neuron):
                 identity=self.identity,
                 receipts=receipts,
                 before_tag=require_time,
+                why_refused=self.why_unacceptable,
             )
             self.announce(epoch=ref.epoch, manifest=ref.manifest_sha256)
         except HubConflict:
@@ -293,7 +295,7 @@ class LeadingNeuron(Neuron):
             return
         self._log_epoch(ref, led)
         try:
-            self.store.prune(self.recipe.hub.keep_epochs, self.recipe.adapter.base_epoch)
+            self.store.prune(self.recipe.hub.keep_epochs, self.recipe.adapter.base_epoch, ref.epoch)
         except ServiceError as exc:
             logger.warning("old epochs stay on the hub for now: %s", exc)
 
@@ -329,16 +331,27 @@ class LeadingNeuron(Neuron):
 
     def _anchor_orphan(self, base: Ref) -> None:
         """An epoch that was tagged by a leader who died before its hash was on chain: anchor it for the next round."""
-        newest = self.store.latest()
-        if newest is None or newest.epoch <= base.epoch or newest.manifest.parent != base.manifest_sha256:
+        child = self._child(base)
+        if child is None:
             return
         found = candidates(self.anchors, set(self.validators()), self.run_id)
-        if any(candidate.manifest_sha256 == newest.manifest_sha256 for candidate in found):
+        if any(candidate.manifest_sha256 == child.manifest_sha256 for candidate in found):
             return
-        why = self.why_unacceptable(newest.manifest)
-        if why is not None:
-            logger.error("epoch %d lies on the hub and cannot be accepted: %s", newest.epoch, why)
-            self.events.append("orphan_refused", f"epoch {newest.epoch} on the hub: {why}", epoch=newest.epoch)
-            return
-        logger.info("anchoring epoch %d, which its leader left unanchored", newest.epoch)
-        self.announce(epoch=newest.epoch, manifest=newest.manifest_sha256)
+        logger.info("anchoring epoch %d, which its leader left unanchored", child.epoch)
+        self.announce(epoch=child.epoch, manifest=child.manifest_sha256)
+
+    def _child(self, base: Ref) -> Ref | None:
+        """The epoch that follows ``base`` on the hub, if it is one; what else is tagged there stops nobody."""
+        number = base.epoch + 1
+        try:
+            ref = self.store.resolve(number)
+            if ref is None or ref.manifest.parent != base.manifest_sha256:
+                return None
+            why = self.why_unacceptable(ref.manifest)
+        except IntegrityError as exc:
+            why = str(exc)
+        if why is None:
+            return ref
+        logger.error("epoch %d lies on the hub and cannot be accepted: %s", number, why)
+        self.events.append("orphan_refused", f"epoch {number} on the hub: {why}", epoch=number)
+        return None

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from hivetrain.averaging.layout import PayloadLayout
 from hivetrain.errors import ConfigError, HivetrainError, IntegrityError
 from hivetrain.hub.client import HubStore
 from hivetrain.hub.folder import FolderStore
@@ -13,9 +17,23 @@ from hivetrain.manifest import Ref
 from hivetrain.run import Recipe, parse_recipe
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import RoundRecord
-from hivetrain.workbench import RECIPE_NAME
+from hivetrain.training.state import ADAPTER_NAME
+from hivetrain.verification.receipt import MAX_SNAPSHOT_BYTES
+from hivetrain.workbench import RECIPE_NAME, make_layout
 from neurons.main import log_retries
 from neurons.report import read_genesis
+
+MAX_LEADERS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedTerms:
+    """`hivetrain.contribution.Terms`, read from epoch 0 without a model."""
+
+    run_id: str
+    schema_hash: str
+    recipe: Recipe
+    layout: PayloadLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +44,14 @@ class Source:
         repo: of the run on the hub.
         endpoint: of the hub, "" where none is named.
         label: where it is, for messages.
+        named: hotkeys that are known for validators beside those who led.
     """
 
     store: HubStore | FolderStore
     repo: str
     endpoint: str
     label: str
+    named: frozenset[str] = frozenset()
 
     def genesis(self) -> tuple[Ref, Recipe]:
         """Epoch 0 and the recipe in it.
@@ -43,6 +63,28 @@ class Source:
         if ref is None or RECIPE_NAME not in ref.manifest.files:
             raise ConfigError(f"{self.label} holds no run: it has no epoch 0")
         return ref, parse_recipe(self.store.read(ref, RECIPE_NAME).decode(errors="replace"))
+
+    def terms(self) -> PublishedTerms:
+        """What the run's receipts are held against.
+
+        Raises:
+            ConfigError: there is no run.
+            IntegrityError: epoch 0 holds no adapter that can be read.
+        """
+        ref, recipe = self.genesis()
+        entry = ref.manifest.files.get(ADAPTER_NAME)
+        if entry is None or entry.size_bytes > MAX_SNAPSHOT_BYTES:
+            raise IntegrityError(f"epoch 0 holds no {ADAPTER_NAME} of at most {MAX_SNAPSHOT_BYTES} bytes")
+        try:
+            tensors = load(self.store.read(ref, ADAPTER_NAME))
+        except (SafetensorError, ValueError) as exc:
+            raise IntegrityError(f"{ADAPTER_NAME} of epoch 0 cannot be read: {exc}") from exc
+        return PublishedTerms(
+            run_id=ref.manifest.run_id,
+            schema_hash=ref.manifest.schema_hash,
+            recipe=recipe,
+            layout=make_layout(sum(tensor.numel() for tensor in tensors.values()), recipe.averaging),
+        )
 
     def epoch(self, epoch: int, verify: Verify) -> Ref:
         """One epoch, its leader's signature checked.
@@ -63,22 +105,31 @@ class Source:
             raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
         return ref
 
+    def validators(self) -> frozenset[str]:
+        """Whom this place knows for validators: the leaders of its newest epochs, and those who were named."""
+        refs = (self.store.resolve(epoch) for epoch in self.store.epochs()[-MAX_LEADERS:])
+        return self.named | {ref.manifest.leader for ref in refs if ref is not None}
+
     def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
         """The validators' records of the round that made an epoch, and why some are refused, by validator.
+
+        Strangers' records are read as well, if they can be; nobody is refused for a file under a made-up name.
 
         Raises:
             ConfigError: none of them has ``hotkey``.
             HivetrainError: there is none that holds.
         """
         number = ref.manifest.round
-        records, refused = read_records(self.store, self.repo, number, verify)
+        known = self.validators() | {ref.manifest.leader}
+        records, refused = read_records(self.store, self.repo, number, verify, known)
+        refused = {validator: why for validator, why in refused.items() if validator in known}
         records = [record for record in records if record.run_id == ref.manifest.run_id]
         if not records:
             why = "; ".join(refused.values()) or "no validator has published any"
             raise HivetrainError(f"no checks of round {number}, which made epoch {ref.epoch}: {why}")
         if not any(hotkey in record.miners for record in records):
-            known = sorted({one for record in records for one in record.miners})
-            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(known)}")
+            miners = sorted({one for record in records for one in record.miners})
+            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(miners)}")
         return [record for record in records if hotkey in record.miners], refused
 
 
@@ -89,17 +140,23 @@ def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | N
         ConfigError: nothing is there.
     """
     log_retries()
+    named: frozenset[str] = frozenset()
     if not endpoint and (dir / "genesis.json").is_file():
         genesis = read_genesis(dir)
         endpoint, repo = genesis.hub_endpoint, repo or genesis.hub_repo
+        named = frozenset(wallet.ss58 for wallet in genesis.wallets if wallet.role == "validator")
     if copy is not None:
         if not copy.is_dir():
             raise ConfigError(f"no folder {copy}; write one with `hivetrain mirror {copy}`")
-        return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy))
+        return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy), named=named)
     if not endpoint:
         raise ConfigError(f"no run in {dir}; name --dir, --hub.endpoint and --hub.repo, or a copy with --from FOLDER")
     if not repo:
         raise ConfigError("--hub.repo is needed with --hub.endpoint: the run's repository, OWNER/NAME")
     return Source(
-        store=HubStore(endpoint=endpoint, repo=repo), repo=repo, endpoint=endpoint, label=f"{repo} on {endpoint}"
+        store=HubStore(endpoint=endpoint, repo=repo),
+        repo=repo,
+        endpoint=endpoint,
+        label=f"{repo} on {endpoint}",
+        named=named,
     )

@@ -24,7 +24,7 @@ from hivetrain.contribution import expected_receipt
 from hivetrain.errors import ServiceError
 from hivetrain.manifest import Ref
 from hivetrain.progress import Phase, Position, phase_window
-from hivetrain.scoring import AverageState, RoundFacts, Score, Unscored, score_facts
+from hivetrain.scoring import AverageState, MovingAverage, RoundFacts, Score, Unscored, score_facts
 from hivetrain.scoring.record import RoundRecord
 from hivetrain.tracking import metrics
 from hivetrain.verification.receipt import Expected
@@ -51,7 +51,11 @@ class Validator(LeadingNeuron):
         super().start()
         repo = self.config.hub.repo or self._repo
         self._last_record: RoundRecord | None = None
-        self.records = RecordsThread(self.store, repo, self.config.state_dir / "checks", self.identity.hotkey, verify)
+        folder, me = self.config.state_dir / "checks", self.identity.hotkey
+        self.records = RecordsThread(self.store, repo, folder, me, verify, self.validators)
+        found = self._patiently(lambda: self.records.recover(self.run_id), f"check --hub.endpoint {self.hub_endpoint}")
+        if found is not None:
+            self.average.catch_up(found)
         self.records.start()
         spec = WorkerSpec(
             endpoint=self.hub_endpoint,
@@ -84,7 +88,8 @@ class Validator(LeadingNeuron):
         self._stand_for(base)
         self._anchor_orphan(base)
         self.records.look_at(position.round - 1)
-        notes = RoundNotes(miners=self.miners(position.round_start), coins=secrets.token_bytes(32))
+        start = position.round_start
+        notes = RoundNotes(miners=self.miners(start), coins=secrets.token_bytes(32), ranks=self.ranks(start))
         self._prepare_replay(position, base)
         self._say("waiting", "for receipts")
         if self.wait_for_phase(position, Phase.COMMIT):
@@ -112,10 +117,9 @@ class Validator(LeadingNeuron):
             self.stopping.wait(min(0.5, self.schedule.block_time_s / 2))
             return self.blocks.block < end and not self.stopping.is_set()
 
-        ranks = self.ranks(position.round_start)
         notes.collected = collect_receipts(
             miners=notes.miners,
-            expected={n.hotkey: self._expected(position, base, n.hotkey, ranks[n.hotkey]) for n in notes.miners},
+            expected={n.hotkey: self._expected(position, base, n.hotkey, notes.ranks[n.hotkey]) for n in notes.miners},
             run_id=self.run_id,
             round_number=position.round,
             coins_digest=hashlib.sha256(notes.coins).digest(),
@@ -199,18 +203,23 @@ class Validator(LeadingNeuron):
             average=self.average,
             round_number=position.round,
             proven=proven_averages(seen, verify) | self.records.double_commits(self._last_record),
+            measures=self.records.measures(position.round - 1, self._last_record),
         )
         self._last_record = None  # a second receipt is counted once
         scores = score_facts(facts, self.recipe.scoring)
         self.refresh_metagraph()
         registered = {neuron.hotkey for neuron in self.metagraph.neurons}
         before = self.average.state
-        self.average.update(position.round, scores, registered)
+        if before.last_round < position.round:  # else this round was scored before a restart
+            counted = MovingAverage(None, self.recipe.scoring, before)
+            counted.update(position.round, scores, registered)
+            if self._publish_checks(position, base, notes, facts, scores, before, counted, registered):
+                self.average.update(position.round, scores, registered)
+            else:
+                logger.error("round %d is not counted: what cannot be published changes nobody's pay", position.round)
         self._links.forget(registered)
         shares = self.average.weights()
         self._keep_scores(position, scores, shares)
-        if before.last_round < position.round:  # else this round was scored before a restart
-            self._publish_checks(position, base, notes, facts, scores, before, registered)
         if self.config.neuron.disable_set_weights:
             return
         weights = set_weights(self.chain, self.metagraph, self.uid, shares)
@@ -226,9 +235,10 @@ class Validator(LeadingNeuron):
         facts: dict[str, RoundFacts | Unscored],
         scores: dict[str, Score | Unscored],
         before: AverageState,
+        counted: MovingAverage,
         registered: set[str],
-    ) -> None:
-        """Hand the round's record to the thread that uploads it."""
+    ) -> bool:
+        """Hand the round's record to the thread that uploads it; False where that cannot keep it."""
         try:
             record, files = build_record(
                 identity=self.identity,
@@ -241,19 +251,20 @@ class Validator(LeadingNeuron):
                 facts=facts,
                 scores=scores,
                 receipts=notes.collected.receipts,
+                ranks=notes.ranks,
                 draws=notes.draws,
                 owed=notes.owed,
                 before=before,
-                after=self.average.state,
+                after=counted.state,
                 registered=registered,
-                shares=self.average.weights(),
+                shares=counted.weights(),
                 previous=self.records.previous(before.last_round),
             )
-        except ValueError as exc:  # something past the bounds of a record: the round counts all the same
+        except ValueError as exc:  # something past the bounds of a record
             logger.exception("the checks of round %d cannot be published: %s", position.round, exc)
-            return
+            return False
         self._last_record = record
-        self.records.put(record, files)
+        return self.records.put(record, files)
 
     def _keep_scores(self, position: Position, scores: dict[str, Score | Unscored], shares: dict[str, float]) -> None:
         uids = {neuron.hotkey: neuron.uid for neuron in self.metagraph.neurons}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hivetrain.manifest import Manifest, Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring import Bandwidth, CheckResult, MovingAverage, RoundFacts, Unscored, score_facts
-from hivetrain.scoring.record import RoundRecord
+from hivetrain.scoring.record import RoundRecord, measures_of
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.receipt import Receipt, sign_receipt
 from template.validator.records import build_record
@@ -85,10 +85,18 @@ class Ledger:
         missing: Mapping[str, Unscored] | None = None,
         receipts: Mapping[str, Receipt] | None = None,
         bandwidth: Bandwidth | None = FAST,
+        others: Sequence[RoundRecord] = (),
     ) -> RoundRecord:
-        """Score a round in which everyone who is drawn passes, but for ``results``."""
+        """Score a round in which everyone who is drawn passes, but for ``results``.
+
+        Args:
+            others: records of the round before, whose measures count.
+        """
+        measures = measures_of(others)
         base, coins = base_ref(), bytes([round_number + 1]) * 32
-        held = {one.hotkey: signed_receipt(one, round_number, base) for one in miners} | dict(receipts or {})
+        ranks = {one.hotkey: rank for rank, one in enumerate(miners)}
+        held = {one.hotkey: signed_receipt(one, round_number, base, rank=ranks[one.hotkey]) for one in miners}
+        held |= receipts or {}
         draws = {hotkey: self.drawn(hotkey, round_number, coins) for hotkey in held}
         owed = frozenset(hotkey for hotkey in held if self.average.owes(hotkey))
         facts: dict[str, RoundFacts | Unscored] = {}
@@ -103,6 +111,7 @@ class Ledger:
                 tokens=held[hotkey].num_tokens,
                 checks=(found,) if found is not None else (),
                 bandwidth=bandwidth,
+                measures=measures.get(hotkey, {}),
                 cooldown_left=self.average.cooldown_left(hotkey, round_number),
             )
         scores = score_facts(facts, SCORING)
@@ -120,6 +129,7 @@ class Ledger:
             facts=facts,
             scores=scores,
             receipts=held,
+            ranks=ranks,
             draws=draws,
             owed=owed,
             before=before,

@@ -20,7 +20,7 @@ from bench.inmemory import Key, verify
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.errors import HivetrainError
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.manifest import Manifest, state_message
+from hivetrain.manifest import Manifest, Ref, state_message
 from hivetrain.workbench import RECIPE_NAME, TOKENIZER_PREFIX, Workbench
 from template.acceptance import why_unacceptable
 from template.access import AccessPolicy, NeuronFacts
@@ -31,7 +31,7 @@ from template.handlers import Handlers
 from template.leader import Leaders
 from template.protocol import AllReduce
 from template.validator.lead import make_synapse
-from template.validator.publish import file_entries, sign_manifest
+from template.validator.publish import file_entries, put_epoch, sign_manifest
 
 Deed = Callable[[World, "list[HonestRound]"], str]
 THIEF = Key(999)
@@ -134,32 +134,40 @@ def _why_refused(world: World, manifest: Manifest, plan: GroupPlan) -> str:
 
 
 def steal_the_token(world: World, rounds: list[HonestRound]) -> str:
-    """A thief with the hub's token tags an epoch of its own, and puts other bytes under an old one."""
+    """A thief with the hub's token tags the next epoch first and one far ahead, and puts other bytes under one."""
     now = rounds[-1]
-    store = _copy_of(world, now)
+    store, true = _copy_of(world, now), world.store.resolve(now.base.epoch + 1)
+    assert true is not None
     false_state = {name: b"\0" * entry.size_bytes for name, entry in now.base.manifest.files.items()}
-    manifest = now.base.manifest.model_copy(
-        update={"epoch": now.base.epoch + 1, "files": file_entries(false_state), "leader": THIEF.hotkey}
-    )
-    store.publish(sign_manifest(manifest, THIEF), false_state)
+    false = now.base.manifest.model_copy(update={"files": file_entries(false_state), "leader": THIEF.hotkey})
+    for epoch in (true.epoch, true.epoch + 900):
+        store.publish(sign_manifest(false.model_copy(update={"epoch": epoch}), THIEF), false_state)
+    if _base_of(world, store, now.base).manifest_sha256 != now.base.manifest_sha256:
+        return ""
+    files = {name: world.store.read(true, name) for name in true.manifest.files}
+    put_epoch(store, true.manifest, files, why_refused=lambda one: _why_refused(world, one, now.seen[0]) or None)
+    if store.latest() != true or _base_of(world, store, true) != true:
+        return ""
+    store.corrupt(true, "adapter.safetensors")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _bench(store, Path(folder), world).load_state(true, world.parts)
+    except HivetrainError as exc:
+        return f"what is not anchored is no base; the leader removes what nobody may follow, and publishes; {exc}"
+    return ""
+
+
+def _base_of(world: World, store: MemoryStore, anchored: Ref) -> Ref:
+    """What a node starts from where a validator anchored ``anchored``."""
     anchor = Anchor(
         peer_id="validator",
         run_id=bytes.fromhex(world.parts.run_id),
         repo="bench/attacks",
-        epoch=now.base.epoch,
-        manifest=bytes.fromhex(now.base.manifest_sha256),
+        epoch=anchored.epoch,
+        manifest=bytes.fromhex(anchored.manifest_sha256),
     )
     found = candidates({VALIDATOR.hotkey: (1, anchor)}, {VALIDATOR.hotkey}, world.parts.run_id)
-    base = find_base(found, 100, store.resolve, lambda _: None)
-    if base.manifest_sha256 != now.base.manifest_sha256:
-        return ""
-    store.corrupt(base, "adapter.safetensors")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _bench(store, Path(folder), world).load_state(base, world.parts)
-    except HivetrainError as exc:
-        return f"what is not anchored is no base; {exc}"
-    return ""
+    return find_base(found, 100, store.resolve, lambda _: None)
 
 
 def _copy_of(world: World, now: HonestRound) -> MemoryStore:
@@ -221,7 +229,7 @@ OUTSIDE: tuple[Outside, ...] = (
     ),
     Outside(
         name="stolen-token",
-        what="a stolen hub token tags an epoch, and replaces a file of another",
+        what="a stolen hub token tags the next epoch first, and replaces a file of another",
         do=steal_the_token,
     ),
     Outside(name="poisoned-recipe", what="the hub serves another recipe", do=poison_the_recipe),

@@ -179,14 +179,33 @@ class HubStore:
             return verified_manifest(ref, raw)
         return self._remote.retry(lambda: b"".join(verified(ref, name, self._remote.stream(ref.commit, name))))
 
-    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+    def clear(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
+        """See `ModelStore.clear`."""
+        return self._remote.retry(lambda: self._clear_once(epoch, why_false))
+
+    def _clear_once(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
+        commit = self._tags().get(epoch)
+        if commit is None:
+            return None
+        try:
+            raw = self._remote.read(commit, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            why = why_false(make_ref(epoch, commit, raw).manifest)
+        except (IntegrityError, HubNotFound) as exc:
+            why = str(exc)
+        # The hub deletes a tag whatever it points at: somebody else may have put the right one meanwhile.
+        if why is not None and self._tags().get(epoch) == commit:
+            with contextlib.suppress(HubNotFound):
+                self._remote.delete_tag(epoch_tag(epoch))
+        return why
+
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None) -> list[int]:
         """See `ModelStore.prune`. The production hub itself decides when it gives the space back."""
         tags = self._remote.retry(self._tags)
-        dropped = epochs_to_drop(tags, keep, base_epoch)
+        dropped = epochs_to_drop(tags, keep, base_epoch, newest)
         for epoch in dropped:
             self._drop_tag(epoch_tag(epoch))
         if tags:
-            self._drop_stale_branches(max(tags))
+            self._drop_stale_branches(max(tags) if newest is None else newest)
             freed = self._remote.retry(self._remote.collect)
             if dropped:
                 logger.info("pruned %d epochs, freed %s bytes", len(dropped), "unknown" if freed is None else freed)

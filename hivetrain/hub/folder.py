@@ -78,7 +78,11 @@ class FolderStore:
         """
         raise HubError(f"{self.folder} is a copy: nothing is published into it")
 
-    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+    def clear(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
+        """A copy keeps what it has."""
+        return None
+
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None) -> list[int]:
         """A copy keeps what it has."""
         return []
 

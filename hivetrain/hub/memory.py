@@ -81,10 +81,19 @@ class MemoryStore:
             return verified_manifest(ref, self._bytes(ref, name))
         return b"".join(verified(ref, name, self._stream(ref, name)))
 
-    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+    def clear(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
+        """See `ModelStore.clear`."""
+        ref = self.resolve(epoch)
+        why = why_false(ref.manifest) if ref is not None else None
+        with self._lock:
+            if ref is not None and why is not None and self._tags.get(epoch) == ref.commit:
+                del self._tags[epoch]
+        return why
+
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None) -> list[int]:
         """See `ModelStore.prune`."""
         with self._lock:
-            dropped = epochs_to_drop(self._tags, keep, base_epoch)
+            dropped = epochs_to_drop(self._tags, keep, base_epoch, newest)
             for epoch in dropped:
                 del self._commits[self._tags.pop(epoch)]
         return dropped

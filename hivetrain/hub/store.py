@@ -85,11 +85,20 @@ class ModelStore(Protocol):
         """One small file of an epoch, or its manifest; raises as `fetch`."""
         ...
 
-    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
+    def clear(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
+        """Remove the tag of an epoch that is not one; says why, or None where it stays or there is none.
+
+        Args:
+            why_false: why nobody may follow a manifest, or None. What does not parse as one is never asked about.
+        """
+        ...
+
+    def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None) -> list[int]:
         """Drop all epochs but 0, the newest ``keep`` and their bases, and free their space; returns those dropped.
 
         Args:
             base_epoch: the epoch whose tag holds the base of an epoch.
+            newest: tags past this epoch are nobody's, and are not looked at; None for whatever there is.
 
         Raises:
             ValueError: ``keep`` is below 1.
@@ -264,15 +273,17 @@ def verified_manifest(ref: Ref, raw: bytes) -> bytes:
     return raw
 
 
-def epochs_to_drop(epochs: Iterable[int], keep: int, base_epoch: Callable[[int], int] = genesis_base) -> list[int]:
-    """All but epoch 0, the newest ``keep`` and the epochs that hold their bases, ascending.
+def epochs_to_drop(
+    epochs: Iterable[int], keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None
+) -> list[int]:
+    """All up to ``newest`` but epoch 0, the newest ``keep`` and the epochs that hold their bases, ascending.
 
     Raises:
         ValueError: ``keep`` is below 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    ascending = sorted(epochs)
+    ascending = sorted(epoch for epoch in epochs if newest is None or epoch <= newest)
     bases = {base_epoch(epoch) for epoch in ascending[-keep:]}
     return [epoch for epoch in ascending[:-keep] if epoch != 0 and epoch not in bases]
 

@@ -76,6 +76,12 @@ class MovingAverage:
                 "move it away to start from zero"
             ) from exc
 
+    def catch_up(self, state: AverageState) -> None:
+        """Go on from ``state`` where that is newer, and save."""
+        if state.last_round > self._file.last_round:
+            self._file = state.model_copy(deep=True)
+            self._save()
+
     @property
     def state(self) -> AverageState:
         """A copy of where it stands."""

@@ -1,12 +1,14 @@
 """A score, computed again from what a validator published, and told in words. Pure: no hub, no clock.
 
-The record's facts are not believed where they can be checked: receipts must carry their miner's signature, draws must
-follow from the coins, scores from the facts, and the average after the round from the one before. The rest is the
-validator's word: replay distances (`hivetrain audit` takes them again), what it measured, what its own side missed.
+The record's facts are not believed where they can be checked: receipts must carry their miner's signature and say what
+recipe and base say, draws must follow from the coins, scores from the facts, and the average after the round from the
+one before. The rest is the validator's word: ranks, replay distances (`hivetrain audit` takes them again), what it
+measured, what its own side missed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +16,16 @@ import msgpack
 
 from hivetrain.averaging.group import plan_from_dict
 from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
+from hivetrain.contribution import Terms, expected_from, expected_receipt
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Verify
-from hivetrain.manifest import Manifest
+from hivetrain.manifest import Manifest, Ref
 from hivetrain.run import Scoring
 from hivetrain.scoring.average import AverageState, Entry, MovingAverage
-from hivetrain.scoring.record import MinerRecord, RoundRecord, scoring_sha256
+from hivetrain.scoring.record import BandwidthRecord, MinerRecord, RoundRecord, measures_of, scoring_sha256
 from hivetrain.scoring.score import Score, Unscored, score_facts
 from hivetrain.verification.challenge import draw
-from hivetrain.verification.receipt import Receipt, parse_receipt
+from hivetrain.verification.receipt import Receipt, parse_receipt, receipt_faults
 
 MAX_PLAN_BYTES = 1 << 20
 EVIDENCE = {
@@ -138,6 +141,8 @@ def receipt_problems(record: RoundRecord, hotkey: str, receipt: Receipt, verify:
 def follows(record: RoundRecord, previous: RoundRecord) -> list[str]:
     """What does not hold between a record and the one that it names as its previous, in words."""
     problems = []
+    if record.run_id != previous.run_id:
+        problems.append(f"the record of round {previous.round} is of another run")
     if record.previous != previous.sha256():
         problems.append(f"the record before is {previous.sha256()[:12]}, this one names {record.previous[:12]}")
     if record.before != previous.after:
@@ -154,6 +159,62 @@ def against_manifest(record: RoundRecord, manifest: Manifest) -> list[tuple[str,
         and held.receipt is not None
         and held.receipt.sha256() != digest
     ]
+
+
+def against_recipe(record: RoundRecord, terms: Terms, base: Ref | None) -> list[tuple[str, str]]:
+    """What in the record's receipts does not follow from the recipe, the base and the ranks, by hotkey.
+
+    Args:
+        base: the epoch that the record starts from; None where it is not kept any more: its state, and who was in it,
+            are then not looked at.
+    """
+    if base is not None and (base.epoch, base.manifest_sha256) != (record.epoch, record.base_manifest):
+        words = f"it starts from {record.base_manifest[:12]}, but epoch {base.epoch} is {base.manifest_sha256[:12]}"
+        return [("", words)]
+    shared = Counter(miner.rank for miner in record.miners.values())
+    problems = []
+    for hotkey, miner in record.miners.items():
+        if miner.rank is not None and shared[miner.rank] > 1:
+            problems.append((hotkey, f"rank {miner.rank} is said of {shared[miner.rank]} miners"))
+        if miner.receipt is not None:
+            problems += [(hotkey, why) for why in _unlike(record, hotkey, miner.receipt, miner.rank, terms, base)]
+    return problems
+
+
+def against_measures(record: RoundRecord, hotkey: str, before: Sequence[RoundRecord]) -> list[str]:
+    """Measures of ``hotkey`` in a record that are not what those validators published.
+
+    Args:
+        before: the validators' records of the round before that hold.
+    """
+    said = measures_of(one for one in before if (one.run_id, one.round) == (record.run_id, record.round - 1))
+    return [
+        f"{validator[:8]} published no such measure of it in round {record.round - 1}"
+        for validator, measure in record.miners[hotkey].measures.items()
+        if said.get(hotkey, {}).get(validator) != measure.measured()
+    ]
+
+
+def _unlike(
+    record: RoundRecord, hotkey: str, receipt: Receipt, rank: int | None, terms: Terms, base: Ref | None
+) -> list[str]:
+    if rank is None:
+        return ["its receipt is taken, and its rank not said"]
+    if rank >= terms.recipe.data.max_miners:
+        return [f"rank {rank} has no assignment: the recipe has {terms.recipe.data.max_miners} slots"]
+    if base is not None:
+        expected = expected_receipt(terms, base, record.round, hotkey, rank)
+    else:
+        expected = expected_from(
+            terms,
+            record.round,
+            rank,
+            epoch=record.epoch,
+            base_manifest=record.base_manifest,
+            base_state=receipt.base_state,
+            was_in=True,
+        )
+    return [f"its receipt is to be refused: {fault.detail}" for fault in receipt_faults(receipt, expected)]
 
 
 def two_receipts(records: Sequence[RoundRecord], verify: Verify) -> dict[str, tuple[Receipt, Receipt]]:
@@ -205,6 +266,8 @@ def compare(ours: RoundRecord, theirs: RoundRecord, hotkey: str) -> list[str]:
         lines.append(f"{names}: only one of them has its receipt")
     elif one.receipt is not None and other.receipt is not None and one.receipt.sha256() != other.receipt.sha256():
         lines.append(f"{names}: hold different receipts of it: a proof that it signed two")
+    if one.rank != other.rank:
+        lines.append(f"{names}: rank {one.rank} and {other.rank}")
     if any(check.fault for check in one.checks) != any(check.fault for check in other.checks):
         lines.append(f"{names}: only one of them saw a check fail")
     scores = [entry.score.score if entry.score is not None else None for entry in (one, other)]
@@ -218,6 +281,7 @@ def tell(record: RoundRecord, hotkey: str, found: Recomputed) -> list[str]:
     """Why ``hotkey`` has the score that it has, line by line."""
     miner, facts = record.miners[hotkey], record.miners[hotkey].facts()
     lines = [_receipt_line(miner), _draw_line(record, miner)]
+    lines += [f"measured: {_measure(one)} by {name[:8]}, round before" for name, one in sorted(miner.measures.items())]
     lines += [f"check: {check.result().in_words()}" for check in miner.checks]
     score = found.scores[hotkey]
     if isinstance(score, Unscored) or isinstance(facts, Unscored):
@@ -242,8 +306,13 @@ def _receipt_line(miner: MinerRecord) -> str:
         return f"receipt: none, {miner.refused or miner.ours or 'and no reason given'}"
     return (
         f"receipt: {receipt.sha256()[:12]}, {receipt.num_steps} steps, {receipt.num_tokens} tokens, "
-        f"loss {receipt.loss:.4f}, signed"
+        f"loss {receipt.loss:.4f}, rank {receipt.rank}, signed"
     )
+
+
+def _measure(measured: BandwidthRecord) -> str:
+    when = measured.fault or ("in time" if measured.in_time else "late")
+    return f"{measured.size_bytes} bytes in {measured.seconds:.3f} s, {when}"
 
 
 def _draw_line(record: RoundRecord, miner: MinerRecord) -> str:
@@ -272,6 +341,8 @@ def in_words(score: Score | Unscored) -> str:
 __all__ = [
     "Recomputed",
     "against_manifest",
+    "against_measures",
+    "against_recipe",
     "compare",
     "follows",
     "proves",

@@ -1,8 +1,13 @@
-"""Reading what validators published of a round, from the hub or from a copy of it."""
+"""Reading what validators published of a round, from the hub or from a copy of it.
+
+Whoever holds the hub's token can put files beside theirs, so those who are known are asked for by name first.
+"""
 
 from __future__ import annotations
 
-from hivetrain.errors import IntegrityError
+from collections.abc import Collection
+
+from hivetrain.errors import HubNotFound, IntegrityError
 from hivetrain.hub.store import ArtefactReader
 from hivetrain.identity import Verify
 from hivetrain.scoring.record import (
@@ -15,28 +20,45 @@ from hivetrain.scoring.record import (
     record_path,
 )
 
-MAX_RECORDS = 64
-"""Validators of one subnet: what else lies there is not read."""
+MAX_STRANGERS = 64
+"""Records of hotkeys that nobody knows for validators: of more than so many the rest is not read."""
 
 
 def read_records(
-    store: ArtefactReader, repo: str, round_number: int, verify: Verify
+    store: ArtefactReader,
+    repo: str,
+    round_number: int,
+    verify: Verify,
+    validators: Collection[str] = (),
+    strangers: bool = True,
 ) -> tuple[list[RoundRecord], dict[str, str]]:
     """Every validator's record of one round, and why some are refused, by validator.
+
+    Args:
+        validators: those that are known; they are read by their names, however much else lies there.
+        strangers: whether to list what else lies there.
 
     Raises:
         HubError: the hub does not answer.
     """
     records: list[RoundRecord] = []
     refused: dict[str, str] = {}
-    for path in store.list_artefacts(repo, CHECKS_BRANCH, record_folder(round_number))[: 16 * MAX_RECORDS]:
-        named = parse_record_path(path)
-        if named is None or len(records) + len(refused) >= MAX_RECORDS:
-            continue
+    names = sorted(validators)
+    if strangers:
+        named = (
+            parse_record_path(path) for path in store.list_artefacts(repo, CHECKS_BRANCH, record_folder(round_number))
+        )
+        others = sorted({one[1] for one in named if one is not None and one[0] == round_number} - set(names))
+        names += others[:MAX_STRANGERS]
+    for validator in names:
+        if parse_record_path(record_path(round_number, validator)) is None:
+            continue  # no hotkey: nobody can have a record under it
         try:
-            records.append(read_record(store, repo, round_number, named[1], verify))
+            records.append(read_record(store, repo, round_number, validator, verify))
+        except HubNotFound:
+            continue
         except IntegrityError as exc:
-            refused[named[1]] = str(exc)
+            refused[validator] = str(exc)
     return records, refused
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +28,8 @@ from hivetrain.verification.receipt import Receipt
 MAX_RECORD_BYTES = 4 << 20
 MAX_EVIDENCE_BYTES = 8 << 20
 MAX_PROOFS = 512
+MAX_MEASURES = 16
+"""Validators whose measures of one miner are taken in; three of them sit in an all-reduce."""
 CHECKS_BRANCH = "checks"
 """Branch of the run's repository on which the records lie."""
 
@@ -67,6 +69,10 @@ class BandwidthRecord(_Frozen):
     in_time: bool
     fault: Words = ""
 
+    def measured(self) -> Bandwidth:
+        """As `score_round` takes it."""
+        return Bandwidth(**dict(self))
+
 
 class ScoreRecord(_Frozen):
     """`Score`."""
@@ -86,19 +92,24 @@ class MinerRecord(_Frozen):
 
     Attributes:
         receipt: as it was received; None where there was none, or it was refused, for the reason in ``refused``.
+        rank: whose assignment it had, by the chain at the round's first block.
         drawn: the windows that the coins chose; empty: not checked.
         owed: it had refused its last check, and was drawn whatever the coins said.
         checks: results; the last one may be of an earlier round's receipts.
+        bandwidth: what this validator measured of its sending in this round.
+        measures: what validators said of that in their records of the round before, by validator.
         ours: what failed on the validator's own side, in words; "" where nothing did.
         unscored: why there is no ``score``.
     """
 
     receipt: Receipt | None = None
+    rank: Annotated[int, Field(ge=0, lt=MAX_MINERS)] | None = None
     refused: Words = ""
     drawn: Windows = ()
     owed: bool = False
     checks: Annotated[tuple[CheckRecord, ...], Field(max_length=4)] = ()
     bandwidth: BandwidthRecord | None = None
+    measures: Annotated[dict[Hotkey, BandwidthRecord], Field(max_length=MAX_MEASURES)] = {}
     cooldown_left: Count = 0
     ours: Words = ""
     unscored: Words = ""
@@ -112,7 +123,8 @@ class MinerRecord(_Frozen):
             tokens=self.receipt.num_tokens if self.receipt is not None else 0,
             receipt_fault=self.refused,
             checks=tuple(check.result() for check in self.checks),
-            bandwidth=Bandwidth(**dict(self.bandwidth)) if self.bandwidth is not None else None,
+            bandwidth=self.bandwidth.measured() if self.bandwidth is not None else None,
+            measures={validator: one.measured() for validator, one in self.measures.items()},
             cooldown_left=self.cooldown_left,
         )
 
@@ -251,30 +263,46 @@ def miner_record(
     score: Score | Unscored,
     *,
     receipt: Receipt | None,
+    rank: int | None = None,
     drawn: tuple[int, ...] = (),
     owed: bool = False,
 ) -> MinerRecord:
     """What is published of one miner."""
     fields: dict[str, Any] = {"ours": facts.why} if isinstance(facts, Unscored) else _known(facts)
     fields |= {"unscored": score.why} if isinstance(score, Unscored) else {"score": _score_record(score)}
-    return MinerRecord(receipt=receipt, drawn=drawn, owed=owed, **fields)
+    return MinerRecord(receipt=receipt, rank=rank, drawn=drawn, owed=owed, **fields)
 
 
 def _known(facts: RoundFacts) -> dict[str, Any]:
-    measured = facts.bandwidth
     return {
         "refused": facts.receipt_fault,
         "checks": tuple(check_record_of(check) for check in facts.checks),
-        "bandwidth": None
-        if measured is None
-        else BandwidthRecord(
-            size_bytes=measured.size_bytes,
-            seconds=measured.seconds,
-            in_time=measured.in_time,
-            fault=measured.fault,
-        ),
+        "bandwidth": _bandwidth_record(facts.bandwidth) if facts.bandwidth is not None else None,
+        "measures": {validator: _bandwidth_record(one) for validator, one in facts.measures.items()},
         "cooldown_left": facts.cooldown_left,
     }
+
+
+def _bandwidth_record(measured: Bandwidth) -> BandwidthRecord:
+    return BandwidthRecord(
+        size_bytes=measured.size_bytes,
+        seconds=measured.seconds,
+        in_time=measured.in_time,
+        fault=measured.fault,
+    )
+
+
+def measures_of(records: Iterable[RoundRecord]) -> dict[str, dict[str, Bandwidth]]:
+    """How fast validators found each miner in one round: by miner, by validator. Who did not take part has no rate."""
+    found: dict[str, dict[str, Bandwidth]] = {}
+    for record in records:
+        for hotkey, miner in record.miners.items():
+            one = miner.bandwidth
+            if one is not None and one.size_bytes > 0 and one.in_time and not one.fault:
+                known = found.setdefault(hotkey, {})
+                if len(known) < MAX_MEASURES:
+                    known[record.validator] = one.measured()
+    return found
 
 
 def _score_record(score: Score) -> ScoreRecord:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from hivetrain.errors import Fault
 from hivetrain.run import Scoring
@@ -76,6 +77,8 @@ class RoundFacts:
         receipt_fault: why there is no valid receipt, in words; "" when there is one.
         checks: results of the checks that were drawn.
         bandwidth: None where nothing was measured by us (no all-reduce took place here).
+        measures: what validators published of its sending in the round before, by validator, ourselves among them:
+            where there are two or more, their median decides how fast it was.
         cooldown_left: rounds that the miner still goes without pay.
     """
 
@@ -83,6 +86,7 @@ class RoundFacts:
     receipt_fault: str = ""
     checks: Sequence[CheckResult] = ()
     bandwidth: Bandwidth | None = None
+    measures: Mapping[str, Bandwidth] = field(default_factory=dict)
     cooldown_left: int = 0
 
 
@@ -152,7 +156,7 @@ def _score(fact: RoundFacts, best_tokens: int, scoring: Scoring) -> Score | Unsc
         steps_why = f"{tokens} of the group's best {best_tokens} tokens"
     if fact.bandwidth is None and fact.tokens > 0:
         return Unscored(why="no all-reduce was measured here this round")
-    bandwidth, bandwidth_why = _bandwidth(fact.bandwidth, scoring)
+    bandwidth, bandwidth_why = _bandwidth(fact.bandwidth, fact.measures, scoring)
     total = gradient * (scoring.steps_weight * steps + scoring.bandwidth_weight * bandwidth)
     faults = {check.fault for check in fact.checks}
     return Score(
@@ -182,7 +186,19 @@ def _gradient(fact: RoundFacts, scoring: Scoring) -> tuple[float, str, bool]:
     return value, why, value == 0.0
 
 
-def _bandwidth(measured: Bandwidth | None, scoring: Scoring) -> tuple[float, str]:
+def _bandwidth(measured: Bandwidth | None, measures: Mapping[str, Bandwidth], scoring: Scoring) -> tuple[float, str]:
+    value, why = _by_one(measured, scoring)
+    took_part = measured is not None and measured.size_bytes > 0 and measured.in_time and not measured.fault
+    if not took_part or len(measures) < 2:
+        return value, why
+    # Who may lie in its measure cannot move the median past honest ones while those are more than half.
+    values = [_by_one(one, scoring)[0] for one in measures.values()]
+    shown = ", ".join(f"{one:.3f}" for one in sorted(values))
+    return median(values), f"median of what {len(values)} validators published of the round before: {shown}"
+
+
+def _by_one(measured: Bandwidth | None, scoring: Scoring) -> tuple[float, str]:
+    """What one validator's measure is worth."""
     if measured is not None and measured.fault:
         return 0.0, f"at fault in the all-reduce: {measured.fault}"
     if measured is None or measured.size_bytes == 0:

@@ -143,10 +143,17 @@ def check_receipt(receipt: Receipt, expected: Expected) -> None:
     Raises:
         PeerFault: WRONG_SCHEMA for another run, round, base, schema or layout; MALFORMED for counts that do not add up.
     """
+    for fault in receipt_faults(receipt, expected):
+        raise fault
+
+
+def receipt_faults(receipt: Receipt, expected: Expected) -> list[PeerFault]:
+    """Everything in a receipt that is not as expected, faults as of `check_receipt`; empty for an honest one."""
+    found: list[PeerFault] = []
     for name in ("run_id", "round", "epoch", "base_manifest", "base_state", "schema_hash", "layout_hash", "rank"):
         ours, theirs = getattr(expected, name), getattr(receipt, name)
         if ours != theirs:
-            raise PeerFault(Fault.WRONG_SCHEMA, f"receipt.{name} is {theirs}, expected {ours}")
+            found.append(PeerFault(Fault.WRONG_SCHEMA, f"receipt.{name} is {theirs}, expected {ours}"))
     steps = receipt.num_steps
     sums = (
         ("num_steps", steps, min(steps, expected.max_steps)),
@@ -157,13 +164,16 @@ def check_receipt(receipt: Receipt, expected: Expected) -> None:
     )
     for name, got, want in sums:
         if got != want:
-            raise PeerFault(Fault.MALFORMED, f"receipt.{name} is {got}, expected {want} for {steps} steps")
+            words = f"receipt.{name} is {got}, expected {want} for {steps} steps"
+            found.append(PeerFault(Fault.MALFORMED, words))
     for name in ("rest_root", "carried_root"):
         if (getattr(receipt, name) != NO_REMAINDER) != expected.feeds_back:
             wanted = "a root" if expected.feeds_back else "64 zeros"
-            raise PeerFault(Fault.MALFORMED, f"receipt.{name} is {getattr(receipt, name)}, expected {wanted}")
+            found.append(PeerFault(Fault.MALFORMED, f"receipt.{name} is {getattr(receipt, name)}, expected {wanted}"))
     if receipt.remainder_root != NO_REMAINDER and not (expected.feeds_back and expected.was_in):
-        raise PeerFault(Fault.MALFORMED, "receipt.remainder_root must be 64 zeros: no remainder follows from the base")
+        words = "receipt.remainder_root must be 64 zeros: no remainder follows from the base"
+        found.append(PeerFault(Fault.MALFORMED, words))
+    return found
 
 
 def snapshot_steps(num_steps: int, every: int) -> list[int]:

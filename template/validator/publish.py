@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from hivetrain.errors import HivetrainError
+from hivetrain.errors import HivetrainError, HubConflict
 from hivetrain.hub.store import ModelStore, always
 from hivetrain.identity import Identity
 from hivetrain.manifest import MAX_RUNS, FaultEntry, FileEntry, Manifest, Ref
@@ -21,6 +21,13 @@ from template.validator.lead import Led
 logger = logging.getLogger(__name__)
 
 MAX_FAULTS = 200
+MAX_FALSE_TAGS = 64
+"""So many tags past the newest epoch are looked at before each publish."""
+PUBLISH_TRIES = 3
+
+
+def anybody(_manifest: Manifest) -> None:
+    """Where whatever was published first stands."""
 
 
 class NotPublished(HivetrainError):
@@ -66,6 +73,7 @@ def publish_epoch(
     identity: Identity,
     receipts: Mapping[str, Receipt] = MappingProxyType({}),
     before_tag: Callable[[], None] = always,
+    why_refused: Callable[[Manifest], str | None] = anybody,
 ) -> Ref:
     """Publish the led round's state as the next epoch.
 
@@ -73,6 +81,7 @@ def publish_epoch(
         receipts: what the members signed, by hotkey: the manifest names them, and what its mean lacks, so that
             everyone can tell which remainder follows. One that is not of the vector that the plan names is left out.
         before_tag: called when all is uploaded; what it raises ends the publish without a tag.
+        why_refused: why nobody may start from a manifest, or None: such a one takes no epoch's place.
 
     Raises:
         HubConflict: somebody else published this epoch first.
@@ -124,7 +133,42 @@ def publish_epoch(
         leader=identity.hotkey,
         signatures={hotkey: led.signatures[hotkey] for hotkey in weights if hotkey in led.signatures},
     )
-    return store.publish(sign_manifest(manifest, identity), files, before_tag)
+    return put_epoch(store, sign_manifest(manifest, identity), files, before_tag, why_refused)
+
+
+def put_epoch(
+    store: ModelStore,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    before_tag: Callable[[], None] = always,
+    why_refused: Callable[[Manifest], str | None] = anybody,
+) -> Ref:
+    """Publish ``manifest``, and remove the tags at its place and past it that nobody may follow.
+
+    Whoever holds the hub's token can tag first; without the leader's and the members' keys that is worth nothing.
+
+    Raises:
+        HubConflict, HubError: as `publish_epoch`.
+    """
+    for tries_left in reversed(range(PUBLISH_TRIES)):
+        cleared = clear_way(store, manifest.epoch, why_refused)
+        try:
+            return store.publish(manifest, files, before_tag)
+        except HubConflict:
+            if not tries_left or not (cleared or clear_way(store, manifest.epoch, why_refused)):
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def clear_way(store: ModelStore, epoch: int, why_refused: Callable[[Manifest], str | None]) -> dict[int, str]:
+    """Remove the tags from ``epoch`` on that nobody may follow; why, by epoch."""
+    cleared = {}
+    for number in [one for one in store.epochs() if one >= epoch][:MAX_FALSE_TAGS]:
+        why = store.clear(number, why_refused)
+        if why is not None:
+            logger.warning("the tag of epoch %d was put by somebody who may not, and is removed: %s", number, why)
+            cleared[number] = why
+    return cleared
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> Manifest:

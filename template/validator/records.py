@@ -1,21 +1,23 @@
 """What this validator publishes of a round, and what it reads of the others': off the model's thread.
 
-A record is first written to disk, then uploaded: an outage of the hub delays it, and neither loses a round nor changes
-a score. Two receipts that one miner signed for one round come to light here, when another validator's record holds
-another one than ours.
+A record is first written to disk, then its round is counted, then it is uploaded: an outage of the hub delays it, and
+neither loses a round nor changes a score. A round whose record the disk does not take is not counted, for the next
+record could not follow from it. Averages that were lost are taken from the newest record, here or on the hub. Two
+receipts that one miner signed for one round come to light here, when another validator's record holds another one than
+ours.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import msgpack
+from pydantic import BaseModel, ValidationError
 
 from hivetrain.averaging.group import plan_to_dict
 from hivetrain.errors import Fault, ServiceError
@@ -23,14 +25,16 @@ from hivetrain.hub.store import ArtefactStore
 from hivetrain.identity import Identity, Verify
 from hivetrain.manifest import Ref
 from hivetrain.run import Scoring
-from hivetrain.scoring import AverageState, CheckResult, RoundFacts, Score, Unscored
+from hivetrain.scoring import AverageState, Bandwidth, CheckResult, RoundFacts, Score, Unscored
 from hivetrain.scoring.explain import proves, two_receipts
+from hivetrain.scoring.history import last_record
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
     MAX_RECORD_BYTES,
     RoundRecord,
     evidence_path,
+    measures_of,
     miner_record,
     pack_evidence,
     record_path,
@@ -45,7 +49,7 @@ from template.validator.reward import Seen
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 64
-"""Rounds whose records wait for a hub that does not answer; the oldest are dropped."""
+"""Rounds whose records wait for a hub that does not answer with all their evidence; older ones wait without it."""
 RETRY_S = 20.0
 CLOSE_S = 5.0
 
@@ -62,6 +66,7 @@ def build_record(
     facts: Mapping[str, RoundFacts | Unscored],
     scores: Mapping[str, Score | Unscored],
     receipts: Mapping[str, Receipt],
+    ranks: Mapping[str, int],
     draws: Mapping[str, Draw],
     owed: frozenset[str],
     before: AverageState,
@@ -77,6 +82,7 @@ def build_record(
             facts[hotkey],
             scores[hotkey],
             receipt=receipts.get(hotkey),
+            rank=ranks.get(hotkey),
             drawn=draws[hotkey].windows if hotkey in draws else (),
             owed=hotkey in owed,
         )
@@ -124,20 +130,38 @@ def _evidence(facts: Mapping[str, RoundFacts | Unscored]) -> dict[str, dict[str,
     return found
 
 
+class _Last(BaseModel):
+    """Our newest record: it counts as put when this is on disk."""
+
+    round: int
+    sha256: str
+    after: AverageState
+
+
 class RecordsThread:
     """Uploads records, oldest first, and reads what other validators published. Its methods never wait for the hub.
 
     Args:
         folder: where records wait; survives a restart.
         me: our own hotkey.
+        validators: hotkeys with a permit: nobody else's records are read.
     """
 
-    def __init__(self, store: ArtefactStore, repo: str, folder: Path, me: str, verify: Verify) -> None:
+    def __init__(
+        self,
+        store: ArtefactStore,
+        repo: str,
+        folder: Path,
+        me: str,
+        verify: Verify,
+        validators: Callable[[], Collection[str]],
+    ) -> None:
         self._store = store
         self._repo = repo
         self._folder = folder
         self._me = me
         self._verify = verify
+        self._validators = validators
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._to_read: deque[int] = deque(maxlen=4)
@@ -156,21 +180,36 @@ class RecordsThread:
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
+    def recover(self, run_id: str) -> AverageState | None:
+        """Where the averages stand by our newest record of the run, here or on the hub; None before the first.
+
+        Raises:
+            HubError: the hub does not answer.
+        """
+        here = self._last()
+        unfinished = self._ready(here.round).with_suffix(".tmp") if here is not None else None
+        if unfinished is not None and unfinished.is_dir():  # killed right after it counted as put
+            unfinished.rename(unfinished.with_suffix(""))
+        there = last_record(self._store, self._repo, self._me, run_id, self._verify)
+        if there is not None and (here is None or there.round > here.round):
+            logger.info("taking up the averages of our record of round %d", there.round)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._keep_last(_Last(round=there.round, sha256=there.sha256(), after=there.after))
+            return there.after
+        return here.after if here is not None else None
+
     def previous(self, last_round: int) -> str:
         """Digest of the record that was put for ``last_round``; "" where the last one was of another round."""
-        try:
-            last = json.loads((self._folder / "last.json").read_bytes())
-            return str(last["sha256"]) if last["round"] == last_round else ""
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+        last = self._last()
+        return last.sha256 if last is not None and last.round == last_round else ""
 
-    def put(self, record: RoundRecord, files: Mapping[str, bytes]) -> None:
-        """Keep a record for upload. A disk that does not take it costs the record, and nothing else."""
+    def put(self, record: RoundRecord, files: Mapping[str, bytes]) -> bool:
+        """Keep a record for upload; False where it could not be kept: then its round must not count."""
         raw = record.to_bytes()
         if len(raw) > MAX_RECORD_BYTES:
             logger.error("the record of round %d has %d bytes, too many to publish", record.round, len(raw))
-            return
-        ready = self._folder / f"round-{record.round:015d}"
+            return False
+        ready = self._ready(record.round)
         try:
             temporary = ready.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -180,12 +219,27 @@ class RecordsThread:
             }.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
+            self._keep_last(_Last(round=record.round, sha256=record.sha256(), after=record.after))
             temporary.rename(ready)
-            (self._folder / "last.json").write_text(json.dumps({"round": record.round, "sha256": record.sha256()}))
         except OSError as exc:
-            logger.warning("the checks of round %d are not published: %s", record.round, exc)
-            return
+            logger.error("the checks of round %d cannot be kept: %s", record.round, exc)
+            return False
         self._wake.set()
+        return True
+
+    def _ready(self, round_number: int) -> Path:
+        return self._folder / f"round-{round_number:015d}"
+
+    def _last(self) -> _Last | None:
+        try:
+            return _Last.model_validate_json((self._folder / "last.json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _keep_last(self, last: _Last) -> None:
+        temporary = self._folder / "last.tmp"
+        temporary.write_text(last.model_dump_json())
+        temporary.replace(self._folder / "last.json")
 
     def look_at(self, round_number: int) -> None:
         """Read the other validators' records of that round, some time soon."""
@@ -195,6 +249,11 @@ class RecordsThread:
     def others(self, round_number: int) -> list[RoundRecord]:
         """What was read of that round by now."""
         return self._others.get(round_number, [])
+
+    def measures(self, round_number: int, ours: RoundRecord | None) -> dict[str, dict[str, Bandwidth]]:
+        """What was published of that round's sending, by miner, by validator; of ours, if that is of that round."""
+        mine = [ours] if ours is not None and ours.round == round_number else []
+        return measures_of([*mine, *self.others(round_number)])
 
     def double_commits(self, ours: RoundRecord | None) -> dict[str, CheckResult]:
         """Who signed another receipt for the round of ``ours`` than the one that we hold, with both as evidence."""
@@ -225,9 +284,10 @@ class RecordsThread:
         """Upload what waits; False where the hub does not take it now."""
         waiting = sorted(path for path in self._folder.glob("round-*") if path.suffix != ".tmp")
         for path in waiting[:-MAX_PENDING]:
-            logger.warning("the checks of %s were never taken by the hub and are dropped", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-        for path in waiting[-MAX_PENDING:]:
+            for evidence in path.glob("checks/*/evidence"):
+                logger.warning("the evidence of %s was never taken by the hub and is dropped", path.name)
+                shutil.rmtree(evidence, ignore_errors=True)
+        for path in waiting:
             try:
                 files = {str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()}
                 self._store.publish_artefacts(self._repo, CHECKS_BRANCH, files)
@@ -240,14 +300,14 @@ class RecordsThread:
     def _read_others(self) -> None:
         while self._to_read and not self._closing.is_set():
             number = self._to_read.popleft()
+            others = set(self._validators()) - {self._me}
             try:
-                records, refused = read_records(self._store, self._repo, number, self._verify)
+                found, refused = read_records(self._store, self._repo, number, self._verify, others, strangers=False)
             except ServiceError as exc:
                 logger.info("cannot read the others' checks of round %d: %s", number, exc)
                 continue
             for why in refused.values():
                 logger.warning("%s", why)
-            found = [record for record in records if record.validator != self._me]
             self._others = {known: rows for known, rows in self._others.items() if known > number - 4}
             self._others[number] = found
 

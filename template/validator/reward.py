@@ -80,11 +80,13 @@ def gather_facts(
     average: MovingAverage,
     round_number: int,
     proven: Mapping[str, CheckResult] = MappingProxyType({}),
+    measures: Mapping[str, Mapping[str, Bandwidth]] = MappingProxyType({}),
 ) -> dict[str, RoundFacts | Unscored]:
     """What this validator knows of every miner of the round; `Unscored` where our own side failed.
 
     Args:
         proven: lies that were proved beside this round's checks, such as two receipts for an earlier round.
+        measures: what validators published of each miner's sending in the round before, by miner, by validator.
     """
     facts: dict[str, RoundFacts | Unscored] = {}
     for hotkey in miners:
@@ -107,6 +109,7 @@ def gather_facts(
             receipt_fault=collected.refused.get(hotkey, "")[:MAX_WORDS],
             checks=tuple(replace(one, detail=one.detail[:MAX_WORDS]) for one in results),
             bandwidth=bandwidth,
+            measures=measures.get(hotkey, {}),
             cooldown_left=average.cooldown_left(hotkey, round_number),
         )
     return facts

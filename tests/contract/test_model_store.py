@@ -224,6 +224,34 @@ def test_prune_keeps_the_bases_of_what_it_keeps(store: Store) -> None:
     assert store.epochs() == [0, 4, 6, 7]
 
 
+def test_prune_does_not_take_tags_past_the_newest_epoch_for_epochs(store: Store) -> None:
+    for epoch in (0, 1, 2, 3, 900):
+        store.publish(make_manifest(epoch, {}), {})
+    assert store.prune(2, newest=3) == [1]
+    assert store.epochs() == [0, 2, 3, 900]
+
+
+def test_a_tag_that_is_no_epoch_is_cleared_and_its_place_is_free(store: Store) -> None:
+    false, true = make_manifest(4, FILES, nonce="f" * 16), make_manifest(4, {}, nonce="e" * 16)
+    store.publish(false, FILES)
+    assert store.clear(4, lambda manifest: None) is None
+    assert store.resolve(4) is not None
+    assert store.clear(4, lambda manifest: f"nonce {manifest.nonce}") == "nonce " + "f" * 16
+    assert store.resolve(4) is None
+    assert store.clear(4, lambda manifest: "not there") is None
+    assert store.publish(true, {}).manifest == true == store.resolve(4).manifest  # type: ignore[union-attr]
+
+
+def test_a_tag_without_a_manifest_is_cleared_unasked(hub: HubProcess) -> None:
+    store = HubStore(endpoint=hub.url, repo=f"run/model-{next(_numbers)}")
+    ref = store.publish(make_manifest(0, {}), {})
+    store._remote.create_tag("epoch-000001", store._remote.first_commit())
+    store._remote.create_tag("epoch-000002", ref.commit)  # another epoch's manifest
+    for epoch, words in ((1, "manifest.json"), (2, "holds the manifest of epoch 0")):
+        assert words in (store.clear(epoch, lambda manifest: None) or "")
+    assert store.epochs() == [0]
+
+
 def test_prune_of_everything_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="keep"):
         store.prune(0)

@@ -27,6 +27,7 @@ from hivetrain.scoring import Bandwidth, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.judge import Answer, Judge
+from hivetrain.verification.receipt import sign_receipt
 from hivetrain.verification.worker import ReplayProcess, WorkerSpec
 from neurons.audit import run_audit
 from neurons.cli import app, main
@@ -222,6 +223,7 @@ def source(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Source:
         facts=facts,
         scores=scores,
         receipts=receipts,
+        ranks={hotkey: rank for rank, hotkey in enumerate(everyone)},
         draws=draws,
         owed=frozenset(),
         before=before,
@@ -294,6 +296,52 @@ def test_what_a_validator_makes_up_convicts_nobody(source: Source, tmp_path: Pat
         run_audit(dataclasses.replace(source, store=FolderStore(copy)), 1, MINER.hotkey, cache=tmp_path / "b")
 
 
+def test_a_receipt_of_more_than_it_did_is_told_line_by_line(source: Source, tmp_path: Path) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    record = RoundRecord.model_validate_json(path.read_bytes())
+    miner = record.miners[CHEAT.hotkey]
+    assert miner.receipt is not None
+    inflated = sign_receipt(miner.receipt.model_copy(update={"num_samples": 10**6, "num_tokens": 10**9}), CHEAT)
+    taken = miner.model_copy(update={"receipt": inflated})
+    lying = record.model_copy(update={"miners": {**record.miners, CHEAT.hotkey: taken}})
+    path.write_bytes(sign_record(lying, VALIDATOR).to_bytes())
+    told = dataclasses.replace(source, store=FolderStore(copy))
+    found = explain(told, 1, CHEAT.hotkey)
+    assert not found.holds
+    for name in ("num_samples is 1000000", "num_tokens is 1000000000"):
+        assert any(f"DIFFERS: its receipt is to be refused: receipt.{name}" in line for line in found.lines())
+    assert explain(told, 1, MINER.hotkey).words[0].elsewhere >= 2
+    verdict = run_audit(told, 1, CHEAT.hotkey, cache=tmp_path / "cache").verdict
+    assert (verdict.honest, verdict.num_steps) == (False, 0)
+    assert [line.split(" is ")[0] for line in verdict.lines] == ["receipt.num_samples", "receipt.num_tokens"]
+
+
+def test_a_stranger_beside_the_validators_changes_nothing(source: Source, tmp_path: Path) -> None:
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    record = RoundRecord.model_validate_json((copy / record_path(ROUND, VALIDATOR.hotkey)).read_bytes())
+    lie = record.model_copy(update={"validator": SILENT.hotkey, "shares": {SILENT.hotkey: 1.0}})
+    (copy / record_path(ROUND, SILENT.hotkey)).write_bytes(sign_record(lie, SILENT).to_bytes())
+    for number in range(100):
+        (copy / record_path(ROUND, f"0{number}")).write_bytes(b"junk")
+    beside = dataclasses.replace(source, store=FolderStore(copy))
+    found = explain(beside, 1, MINER.hotkey)
+    assert found.holds, found.lines()
+    assert [(word.validator, word.known) for word in found.words] == [(VALIDATOR.hotkey, True)]
+    for path in (copy / record_folder(ROUND)).glob("0*.json"):
+        path.unlink()
+    found = explain(beside, 1, MINER.hotkey)
+    assert found.holds
+    assert [word.known for word in found.words] == [True, False]
+    assert "not known for a validator" in "\n".join(found.lines())
+    named = dataclasses.replace(beside, named=frozenset({SILENT.hotkey}))
+    assert not explain(named, 1, MINER.hotkey).holds
+
+
 def command(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, list(arguments))
     if isinstance(done.exception, HivetrainError):
@@ -340,6 +388,9 @@ def test_a_score_that_was_changed_is_found_and_a_forged_or_missing_record_is_an_
     status, text = command("explain", "1", MINER.hotkey, *elsewhere)
     assert (status, "DIFFERS: published 0.5" in text) == (1, True)
     assert command("explain", "1", CHEAT.hotkey, *elsewhere)[0] == 0  # its own score holds
+    path.write_bytes(sign_record(record.model_copy(update={"previous": "ab" * 32}), VALIDATOR).to_bytes())
+    status, text = command("explain", "1", MINER.hotkey, *elsewhere)
+    assert (status, "DIFFERS: its record of round 3 follows one of round -1" in text) == (1, True)
     path.write_bytes(lying.to_bytes())
     status, text = command("explain", "1", MINER.hotkey, *elsewhere)
     assert (status, "forged" in text) == (1, True)

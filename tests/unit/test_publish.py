@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,7 +24,15 @@ from template.acceptance import why_unacceptable
 from template.chain.keys import WalletIdentity, verify
 from template.participant import Participation
 from template.validator.lead import Led
-from template.validator.publish import NotPublished, check_gates, publish_epoch, sent_weights, sign_manifest
+from template.validator.publish import (
+    PUBLISH_TRIES,
+    NotPublished,
+    check_gates,
+    publish_epoch,
+    put_epoch,
+    sent_weights,
+    sign_manifest,
+)
 from tests.round_kit import ROUND, VALIDATOR, World, identity, shared_world
 
 MEMBERS = {name: identity(name) for name in ("miner", "miner-2", "miner-3")}
@@ -338,3 +348,45 @@ def test_an_epoch_of_nobody_is_refused(world: World, manifest: Manifest) -> None
 def test_the_signature_of_who_is_not_registered_does_not_count(world: World, next_state: State) -> None:
     manifest = publish(world, led_by(world, next_state), MemoryStore()).manifest
     assert why(world, manifest, gone=set(manifest.weights)) is not None
+
+
+# -- a stolen token ------------------------------------------------------------------------------------------
+
+
+def refused_unless(leader: str) -> Callable[[Manifest], str | None]:
+    return lambda manifest: None if manifest.leader == leader else f"led by {manifest.leader}"
+
+
+def epoch_of(world: World, number: int, leader: str, nonce: str) -> Manifest:
+    changes = {"epoch": number, "files": {}, "leader": leader, "nonce": nonce * 16}
+    return world.base.manifest.model_copy(update=changes)
+
+
+def test_who_tags_first_without_the_keys_stops_nobody(world: World) -> None:
+    for number in (1, 2, 500):
+        world.store.publish(epoch_of(world, number, "thief", "f"), {})
+    ours = epoch_of(world, 1, A, "a")
+    assert put_epoch(world.store, ours, {}, why_refused=refused_unless(A)).manifest == ours
+    assert world.store.epochs() == [0, 1]
+
+
+@pytest.mark.parametrize(("num_tags", "is_published"), [(1, True), (2, True), (9, False)])
+def test_who_tags_again_while_we_publish_is_cleared_again_but_not_for_ever(
+    world: World, num_tags: int, is_published: bool
+) -> None:
+    ours, tries = epoch_of(world, 1, A, "a"), itertools.count()
+
+    def tag_again() -> None:
+        if next(tries) < num_tags:
+            world.store.publish(epoch_of(world, 1, "thief", "f"), {})
+
+    with contextlib.nullcontext() if is_published else pytest.raises(HubConflict):
+        assert put_epoch(world.store, ours, {}, tag_again, refused_unless(A)).manifest == ours
+    assert next(tries) == min(num_tags + 1, PUBLISH_TRIES)
+
+
+def test_an_epoch_that_may_stand_is_left_to_its_publisher(world: World) -> None:
+    theirs = world.store.publish(epoch_of(world, 1, A, "b"), {})
+    with pytest.raises(HubConflict):
+        put_epoch(world.store, epoch_of(world, 1, A, "a"), {}, why_refused=refused_unless(A))
+    assert world.store.resolve(1) == theirs

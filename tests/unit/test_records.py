@@ -14,14 +14,24 @@ from hivetrain.errors import Fault, IntegrityError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import Manifest
 from hivetrain.run import MAX_SNAPSHOTS
-from hivetrain.scoring import CheckResult, RoundFacts, Unscored
-from hivetrain.scoring.explain import against_manifest, compare, follows, proves, recompute, tell, two_receipts
-from hivetrain.scoring.published import read_records
+from hivetrain.scoring import Bandwidth, CheckResult, RoundFacts, Unscored
+from hivetrain.scoring.explain import (
+    against_manifest,
+    against_measures,
+    compare,
+    follows,
+    proves,
+    recompute,
+    tell,
+    two_receipts,
+)
+from hivetrain.scoring.published import MAX_STRANGERS, read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
     MAX_RECORD_BYTES,
     RoundRecord,
     evidence_path,
+    measures_of,
     pack_evidence,
     parse_record,
     parse_record_path,
@@ -194,6 +204,31 @@ def test_two_signed_receipts_in_two_records_are_a_proof_and_a_forged_one_is_not(
     assert two_receipts([one, Ledger(SECOND).round(0)], verify) == {}
 
 
+def test_the_median_of_the_validators_measures_is_computed_again_from_what_they_published() -> None:
+    ours, theirs = Ledger(), Ledger(SECOND)
+    slow = Bandwidth(size_bytes=10_000_000, seconds=8.0, in_time=True)  # 10 Mbit/s of 25
+    before = [ours.round(0), theirs.round(0, bandwidth=slow)]
+    record = ours.round(1, others=before)
+    assert problems(record) == ""
+    score = record.miners[ONE].score
+    assert score is not None
+    assert score.bandwidth == pytest.approx((0.8 + 0.4) / 2)
+    assert against_measures(record, ONE, before) == []
+    told = "\n".join(tell(record, ONE, recompute(record, SCORING, verify)))
+    assert "10000000 bytes in 8.000 s, in time" in told
+    assert "median of what 2 validators published" in told
+    said = f"{SECOND.hotkey[:8]} published no such measure of it in round 0"
+    for other in ([], [theirs.round(1)], [Ledger(SECOND).round(0)]):
+        assert against_measures(record, ONE, [before[0], *other]) == [said]
+    assert "the facts give" in problems(lying(record, ONE, measures={}), ONE)
+
+
+def test_who_did_not_take_part_has_no_rate() -> None:
+    late = Bandwidth(size_bytes=10_000_000, seconds=8.0, in_time=False)
+    assert measures_of([Ledger().round(0, bandwidth=late), Ledger(SECOND).round(0, bandwidth=None)]) == {}
+    assert set(measures_of([Ledger().round(0)])) == {ONE, TWO, THREE}
+
+
 def test_a_proof_that_is_said_must_be_published(ledger: Ledger) -> None:
     record = ledger.round(0)
     first = record.miners[THREE].receipt
@@ -252,6 +287,7 @@ def test_a_record_that_is_too_long_forged_or_anothers_is_refused(ledger: Ledger)
         (("miners", ONE, "score", "score"), -0.1),
         (("miners", ONE, "bandwidth", "seconds"), 1e300),
         (("miners", ONE, "bandwidth", "size_bytes"), -1),
+        (("miners", ONE, "measures"), {str(n): {"size_bytes": 1, "seconds": 1, "in_time": True} for n in range(17)}),
         (("miners", ONE, "refused"), "x" * 701),
         (("miners", ONE, "checks"), [{"detail": "x"}] * 5),
         (("miners", ONE, "checks"), [{"fault": "ugly"}]),
@@ -319,6 +355,18 @@ def test_records_are_read_from_a_store_and_forged_ones_are_named(ledger: Ledger)
     assert records == [record]
     assert list(forged) == [SECOND.hotkey]
     assert read_records(store, "a/b", 7, verify) == ([], {})
+
+
+def test_strangers_files_do_not_crowd_out_those_who_are_known(ledger: Ledger) -> None:
+    store, record = MemoryStore(), ledger.round(0)
+    files = {record_path(0, f"0{number}"): b"junk" for number in range(2000)}
+    files |= {evidence_path(0, f"{number:064x}"): b"" for number in range(2000)}
+    store.publish_artefacts("a/b", CHECKS_BRANCH, files | {record_path(0, VALIDATOR.hotkey): record.to_bytes()})
+    known = [VALIDATOR.hotkey, SECOND.hotkey]
+    records, forged = read_records(store, "a/b", 0, verify, known)
+    assert (records, len(forged)) == ([record], MAX_STRANGERS)
+    assert read_records(store, "a/b", 0, verify, known, strangers=False) == ([record], {})
+    assert read_records(store, "a/b", 0, verify, ["../round-000000/" + VALIDATOR.hotkey], strangers=False) == ([], {})
 
 
 def test_facts_survive_their_publication(ledger: Ledger) -> None:

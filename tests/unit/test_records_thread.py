@@ -11,13 +11,13 @@ import pytest
 
 from hivetrain.errors import Fault, HubError
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.scoring import CheckResult, RoundFacts, score_facts
+from hivetrain.scoring import CheckResult, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.published import read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, evidence_path, record_path
 from template.validator import records as records_module
 from template.validator.records import RecordsThread
 from tests.keys import verify
-from tests.records_kit import FAST, MINERS, SCORING, SECOND, VALIDATOR, Ledger, base_ref, signed_receipt
+from tests.records_kit import FAST, MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, Ledger, base_ref, signed_receipt
 
 REPO = "run/model"
 THREE = MINERS[2].hotkey
@@ -51,7 +51,8 @@ def store() -> Flaky:
 
 
 def thread_of(store: MemoryStore, folder: Path) -> RecordsThread:
-    return RecordsThread(store, REPO, folder, VALIDATOR.hotkey, verify)
+    validators = [VALIDATOR.hotkey, SECOND.hotkey, MINERS[0].hotkey]
+    return RecordsThread(store, REPO, folder, VALIDATOR.hotkey, verify, lambda: validators)
 
 
 @pytest.fixture
@@ -113,23 +114,59 @@ def test_a_thread_that_is_closed_uploads_what_was_put_last(store: Flaky, tmp_pat
     assert published(store) == [record_path(0, VALIDATOR.hotkey)]
 
 
-def test_only_the_newest_rounds_wait_for_a_hub_that_never_answers(
+def test_only_the_newest_rounds_keep_their_evidence_for_a_hub_that_never_answers(
     store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records_module, "MAX_PENDING", 2)
     ledger, thread = Ledger(), thread_of(store, tmp_path)
+    opened = CheckResult(fault=Fault.WRONG_REPLAY, detail="x", evidence={"steps": b"\1\2"})
     for number in range(4):
-        thread.put(ledger.round(number), {})
+        assert thread.put(ledger.round(number, results={THREE: opened}), ledger.files[-1])
     thread.start()
     thread.close()
-    assert [path.split("/")[1] for path in published(store)] == ["round-000002", "round-000003"]
+    rounds = [path.split("/")[1] for path in published(store)]
+    assert rounds == ["round-000000", "round-000001", *["round-000002"] * 2, *["round-000003"] * 2]
 
 
-def test_a_disk_that_takes_nothing_costs_the_record_alone(store: Flaky, tmp_path: Path) -> None:
+def test_a_disk_that_takes_nothing_keeps_no_record_and_says_so(store: Flaky, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     thread = thread_of(store, tmp_path / "file")  # a file where the folder should be
-    thread.put(Ledger().round(0), {})
+    assert not thread.put(Ledger().round(0), {})
     assert thread.previous(0) == ""
+    assert thread.recover(RUN_ID) is None
+
+
+def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, tmp_path: Path) -> None:
+    ledger, folder = Ledger(), tmp_path / "checks"
+    first = thread_of(store, folder)
+    assert first.recover(RUN_ID) is None
+    for number in range(3):
+        first.put(ledger.round(number), {})
+    first.start()
+    first.close()
+    for where in (folder, tmp_path / "another machine"):  # killed before the averages were saved, and all of it lost
+        again = thread_of(store, where)
+        assert again.recover(RUN_ID) == ledger.average.state
+        assert again.previous(2) == ledger.records[2].sha256()
+    average = MovingAverage(tmp_path / "averages.json", SCORING)
+    average.catch_up(ledger.average.state)
+    average.catch_up(ledger.records[0].after)  # older: nothing changes
+    saved = MovingAverage(tmp_path / "averages.json", SCORING)
+    saved.load()
+    assert saved.state == ledger.average.state
+    assert thread_of(store, tmp_path / "another run").recover("cc" * 32) is None
+
+
+def test_a_record_counts_as_put_as_soon_as_it_is_on_disk(store: Flaky, tmp_path: Path) -> None:
+    ledger, thread = Ledger(), thread_of(store, tmp_path)
+    thread.put(ledger.round(0), {})
+    (ready,) = tmp_path.glob("round-*")
+    ready.rename(ready.with_suffix(".tmp"))  # what a kill leaves right before the record is ready
+    again = thread_of(store, tmp_path)
+    assert again.recover(RUN_ID) == ledger.average.state
+    again.start()
+    again.close()
+    assert published(store) == [record_path(0, VALIDATOR.hotkey)]
 
 
 def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
@@ -150,6 +187,22 @@ def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
     assert ours.average.cooldown_left(THREE, 2) == SCORING.cooldown_rounds
     assert ours.average.value(THREE) == 0
     assert records.double_commits(None) == {}
+
+
+def test_what_strangers_put_beside_the_validators_records_is_not_read(store: Flaky, records: RecordsThread) -> None:
+    second = signed_receipt(MINERS[2], 0, base_ref(), loss=4.4)
+    strangers = {record_path(0, f"0{number}"): b"junk" for number in range(300)}
+    accuser = Ledger(MINERS[1]).round(0, receipts={THREE: second})
+    theirs = Ledger(SECOND).round(0)
+    strangers |= {record_path(0, one.validator): one.to_bytes() for one in (accuser, theirs)}
+    store.publish_artefacts(REPO, CHECKS_BRANCH, strangers)
+    records.look_at(0)
+    until(lambda: records.others(0), "the others' records were not read")
+    assert [one.validator for one in records.others(0)] == [SECOND.hotkey]
+    mine = Ledger().round(0)
+    assert set(records.measures(0, mine)[THREE]) == {VALIDATOR.hotkey, SECOND.hotkey}
+    assert set(records.measures(0, Ledger().round(1))[THREE]) == {SECOND.hotkey}
+    assert records.measures(1, mine) == {}
 
 
 def test_a_forged_record_accuses_nobody(store: Flaky, records: RecordsThread) -> None:

@@ -41,6 +41,7 @@ facts = st.builds(
     receipt_fault=st.sampled_from(["", "no receipt yet"]),
     checks=st.lists(st.one_of(passed, failed), max_size=3),
     bandwidth=st.one_of(st.none(), bandwidths),
+    measures=st.dictionaries(st.sampled_from("xyz"), bandwidths),
     cooldown_left=st.integers(0, 3),
 )
 groups = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), facts, max_size=6)

@@ -182,3 +182,40 @@ def test_a_broken_file_is_refused_and_kept(tmp_path: Path, content: str) -> None
     with pytest.raises(ConfigError, match="move it away"):
         MovingAverage(path, SCORING).load()
     assert path.read_text() == content
+
+
+def at(share: float) -> Bandwidth:
+    """Of the target's rate."""
+    return Bandwidth(size_bytes=10_000_000, seconds=80 / (SCORING.target_mbps * share), in_time=True)
+
+
+def bandwidth_score(ours: Bandwidth | None, **measures: Bandwidth) -> tuple[float, str]:
+    fact = RoundFacts(tokens=10, bandwidth=ours, measures=measures)
+    score = score_round({"a": fact}, SCORING)["a"]
+    assert isinstance(score, Score)
+    return score.bandwidth, score.reasons["bandwidth"]
+
+
+def test_the_median_of_what_validators_published_decides_how_fast_a_miner_was() -> None:
+    value, why = bandwidth_score(at(0.9), one=at(0.2), two=at(0.5), three=at(0.4))
+    assert value == pytest.approx(0.4)
+    assert why == "median of what 3 validators published of the round before: 0.200, 0.400, 0.500"
+    assert bandwidth_score(at(0.9), one=at(0.2), two=at(0.4))[0] == pytest.approx(0.3)
+    assert bandwidth_score(at(0.9), one=at(0.2))[0] == pytest.approx(0.9)  # one alone: ours
+
+
+@pytest.mark.parametrize("lie", [at(1000), at(1e-6), Bandwidth(size_bytes=0, seconds=0.0, in_time=False, fault="x")])
+def test_one_validators_lie_stays_between_what_honest_ones_measured(lie: Bandwidth) -> None:
+    assert 0.3 <= bandwidth_score(at(0.5), one=at(0.3), two=at(0.4), liar=lie)[0] <= 0.4 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        Bandwidth(size_bytes=0, seconds=0.0, in_time=True),
+        Bandwidth(size_bytes=5_000_000, seconds=1.0, in_time=False),
+        Bandwidth(size_bytes=5_000_000, seconds=1.0, in_time=True, fault="late: x"),
+    ],
+)
+def test_who_does_not_send_in_this_round_is_not_paid_for_the_one_before(ours: Bandwidth) -> None:
+    assert bandwidth_score(ours, one=at(1), two=at(1))[0] == 0
