@@ -245,6 +245,14 @@ class Schedule:
         return sum(self.phase_blocks)
 
 
+DISTANCES = {
+    "fp32": {"distance_full": 0.05, "distance_zero": 0.08},
+    "bf16": {"distance_full": 0.15, "distance_zero": 0.2},
+}
+"""Bounds of a recipe that names none, by its `inner.precision`: above what honest work strays from a replay in fp32
+(`python -m bench.honest`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
     """How a round becomes a score (docs/protocol.md, "Scores")."""
@@ -252,7 +260,7 @@ class Scoring:
     steps_weight: float = 0.7
     bandwidth_weight: float = 0.3
     ema_alpha: float = 0.3
-    distance_full: float = 0.05  # replay distance up to which the gradient score is 1
+    distance_full: float = 0.05  # replay distance up to which the gradient score is 1; by the precision: `DISTANCES`
     distance_zero: float = 0.08  # and from which it is 0
     check_share: float = 0.5  # share of the miners that a validator replays in a round
     whole_round_share: float = 0.0  # share of those whose whole round is replayed, not one window
@@ -344,7 +352,7 @@ def _plain(value: Any) -> Any:
 
 
 def parse_recipe(text: str) -> Recipe:
-    """Parse and validate `run.toml`.
+    """Parse and validate `run.toml`. What it does not say has its default; replay distances by the precision.
 
     Raises:
         RecipeError: not TOML, an unknown or wrongly typed field, or an impossible value; names the field.
@@ -353,6 +361,10 @@ def parse_recipe(text: str) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise RecipeError(f"run.toml is not valid TOML: {exc}") from exc
+    inner, scoring = table.get("inner"), table.setdefault("scoring", {})
+    precision = inner.get("precision") if isinstance(inner, dict) else None
+    if isinstance(scoring, dict) and isinstance(precision, str) and not DISTANCES["fp32"].keys() & scoring.keys():
+        table["scoring"] = {**DISTANCES.get(precision, {}), **scoring}
     return typing.cast("Recipe", _build(Recipe, table, ""))
 
 

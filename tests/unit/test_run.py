@@ -44,8 +44,24 @@ def test_any_valid_recipe_survives_a_round_trip(steps: int, lr: float, batch: in
 
 
 @pytest.mark.parametrize(
+    ("text", "bounds"),
+    [
+        ("", (0.05, 0.08)),
+        ("[inner]\nprecision = 'bf16'", (0.15, 0.2)),
+        ("[inner]\nprecision = 'bf16'\n[scoring]\nema_alpha = 0.5", (0.15, 0.2)),
+        ("[inner]\nprecision = 'bf16'\n[scoring]\ndistance_full = 0.07", (0.07, 0.08)),
+    ],
+)
+def test_a_recipe_without_bounds_has_those_of_its_precision(text: str, bounds: tuple[float, float]) -> None:
+    scoring = parse_recipe(text).scoring
+    assert (scoring.distance_full, scoring.distance_zero) == bounds
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("scoring = 3", "scoring must be a table"),
+        ("[inner]\nprecision = ['bf16']", "inner.precision"),
         ("[inner", "not valid TOML"),
         ("[inner]\nlearning = 1", "unknown field inner.learning"),
         ("surprise = 1", "unknown field surprise"),
