@@ -105,6 +105,28 @@ async def frame_that_is_too_long_is_refused(here: Transport, there: Transport, m
     await stream.close()
 
 
+async def frames_that_others_follow_come_first_and_are_never_kept_back_for_good(
+    here: Transport, there: Transport, maddrs: list[str]
+) -> None:
+    async def speak(stream: Stream) -> None:
+        await stream.send(b"header", more=True)
+        await stream.send(b"another", more=True)
+        await stream.send(bytes(1 << 20))
+        await stream.send(bytes(1 << 20), more=True)  # too long to wait for anybody
+        assert await stream.receive(10) == b"all here"
+        await stream.send(b"nothing follows", more=True)
+
+    here.set_acceptor(speak)
+    stream = await there.open(here.peer_id, maddrs, 5.0)
+    frames = [await stream.receive(1 << 20) for _ in range(4)]
+    assert frames == [b"header", b"another", bytes(1 << 20), bytes(1 << 20)]
+    await stream.send(b"all here")
+    assert await stream.receive(100) == b"nothing follows"
+    with pytest.raises(LinkLost):
+        await stream.receive(10)
+    await stream.close()
+
+
 async def what_was_sent_before_the_end_arrives(here: Transport, there: Transport, maddrs: list[str]) -> None:
     async def speak(stream: Stream) -> None:
         for _ in range(5):
@@ -210,6 +232,7 @@ async def reader_that_is_slow_holds_the_sender_back(here: Transport, there: Tran
 
 CHECKS = [
     frames_arrive_whole_and_in_order,
+    frames_that_others_follow_come_first_and_are_never_kept_back_for_good,
     frame_that_is_too_long_is_refused,
     what_was_sent_before_the_end_arrives,
     last_words_arrive_though_the_peer_is_not_read,
