@@ -26,7 +26,7 @@ RECIPE = SMALL_RECIPE + "[scoring]\ncheck_share = 1.0\n"
 def test_who_hands_in_noise_is_paid_nothing_beside_two_honest_miners(tmp_path: Path) -> None:
     folder, out, recipe = tmp_path / "net", tmp_path / "out.json", tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
-    flags = ["--attack", "random", "--epochs", "2", "--no-dashboard", "--tracker", "none", "--block-time", "0.5"]
+    flags = ["--attack", "random", "--epochs", "1", "--no-dashboard", "--tracker", "none", "--block-time", "0.5"]
     with running_up(folder, "--recipe", str(recipe), "--json", str(out), *flags) as up:
         until(lambda: up.process.poll() is not None, "the end of `up --attack random`", 300)
         print(up.text)
