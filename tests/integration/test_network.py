@@ -151,11 +151,18 @@ def test_a_killed_validator_comes_back_with_its_scores(up: Up, fourth: subproces
     path = up.folder / "validator-1" / "averages.json"
     killed = up.kill_in("validator-1", lambda status: status.phase == "verify")
     before = json.loads(path.read_text())
-    after = up.wait_for_epoch(lambda m: m.round > killed.round, "after the validator's return", 3 * ROUND_S)
-    until(lambda: json.loads(path.read_text())["last_round"] >= after.round, "the scores of that round", ROUND_S)
-    kept = json.loads(path.read_text())
-    hotkey = up.hotkey("miner-2")
-    assert kept["entries"][hotkey]["value"] > before["entries"][hotkey]["value"] > 0
+    up.wait_for_epoch(lambda m: m.round > killed.round, "after the validator's return", 3 * ROUND_S)
+    average_before = before["entries"][up.hotkey("miner-2")]["value"]
+    assert average_before > 0
+
+    def average() -> float:
+        value: float = json.loads(path.read_text())["entries"][up.hotkey("miner-2")]["value"]
+        return value
+
+    # A round whose replay is not done in time on a busy machine scores nobody; it takes nothing away either.
+    seen = [average()]
+    until(lambda: seen.append(average()) or seen[-1] > average_before, "scores on top of the old ones", 4 * ROUND_S)
+    assert min(seen) >= average_before
     assert up.status("validator-1").pid != killed.pid
 
 
