@@ -1,9 +1,9 @@
-"""Bytes from strangers, guided by coverage: receipts, challenges, answers, snapshots, evidence, frames, published checks.
+"""Bytes from strangers, guided by coverage: receipts, challenges, answers, evidence, frames, published checks.
 
     python -m bench.fuzz [--quick] [--minutes N] [--json FILE] [--keep DIR] [--target NAME ...] [--reproduce FILE]
 
-Each target of `bench.fuzzing.targets` has a process of its own, and its share of the time. New inputs are kept in DIR and
-used again by the next run; an input that breaks something lies in DIR/broken, and ``--reproduce`` runs it once more.
+Each target of `bench.fuzzing.targets` has a process of its own, and its share of the time. New inputs are kept in DIR
+and used again by the next run; one that breaks something lies in DIR/broken, and ``--reproduce`` runs it once more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> int:
     if given.reproduce is not None:
         return _reproduce(given.target or [], given.reproduce)
     if not is_available():
-        print("bench.fuzz needs atheris, which has wheels for CPython on Linux: pip install -e '.[dev]'", file=sys.stderr)
+        print(
+            "bench.fuzz needs atheris, which has wheels for CPython on Linux: pip install -e '.[dev]'", file=sys.stderr
+        )
         return 2
     load()
     registry = importlib.import_module("bench.fuzzing.targets")
@@ -50,9 +52,11 @@ def main() -> int:
         print(f"no such target: {', '.join(unknown)}; there are {', '.join(registry.TARGETS)}", file=sys.stderr)
         return 2
     minutes = QUICK_MINUTES if given.quick else given.minutes
+    weights = {name: registry.find_target(name).weight for name in names}
+    shares = {name: 60 * minutes * weight / sum(weights.values()) for name, weight in weights.items()}
     with ExitStack() as stack:
         keep: Path = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        outcomes = fuzz(names, 60 * minutes / len(names), keep.resolve(), given.runs)
+        outcomes = fuzz(shares, keep.resolve(), given.runs)
         _show(outcomes)
         for outcome in outcomes:
             if outcome.status:

@@ -71,7 +71,8 @@ def _result(choices: Choices, plan: GroupPlan) -> Result:
     if choices.flag():
         return group.results[choices.below(3)]
     part, rank = choices.below(3), choices.below(3)
-    root = choices.pick((group.results[part].root, MerkleTree([bytes(32)]).root, choices.take(32).ljust(32, b"\0")))
+    zeros = MerkleTree(group.plan.layout.chunk_digests(bytes(len(group.means[part])), part, part + 1)).root
+    root = choices.pick((group.results[part].root, zeros, choices.take(32).ljust(32, b"\0")))
     stops = sorted({choices.below(8) for _ in range(1 + choices.below(3))}) if choices.flag() else [part + 1]
     if choices.flag():
         stops = [plan.layout.num_chunks]

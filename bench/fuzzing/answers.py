@@ -17,14 +17,27 @@ from bench.attacks.world import TINY, World, make_world
 from bench.fuzzing.choices import FLOATS, Choices, altered, flipped
 from bench.fuzzing.guard import declared, require
 from bench.fuzzing.samples import CHEAT
-from hivetrain.contribution import Contribution, build_contribution
+from hivetrain.contribution import (
+    Contribution,
+    build_contribution,
+    codec_seed,
+    displacement_sketch,
+    encode_payload,
+)
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.scoring import CheckResult, RoundFacts, Score, score_round
 from hivetrain.scoring.record import check_record_of
 from hivetrain.scoring.score import LIES, Bandwidth
 from hivetrain.verification.challenge import Draw
 from hivetrain.verification.merkle import MerkleTree, leaf_digest
-from hivetrain.verification.receipt import Receipt, SnapshotTree, check_receipt, parse_receipt, sign_receipt
+from hivetrain.verification.receipt import (
+    Receipt,
+    SnapshotTree,
+    check_receipt,
+    decode_snapshot,
+    parse_receipt,
+    sign_receipt,
+)
 from template.dendrite import Failure, Reply
 from template.protocol import Train, TrainReply
 from tests.keys import verify
@@ -64,7 +77,7 @@ def answer(data: bytes) -> None:
     """Commit, answer, be judged, be published."""
     choices, bench = Choices(data), _bench()
     lying = choices.flag()
-    committed = _committed(bench.honest, choices) if lying else bench.honest
+    committed = _committed(bench, choices) if lying else bench.honest
     receipt = _receipt(bench.world, committed.receipt.to_bytes())
     if receipt is None:
         return
@@ -88,34 +101,60 @@ def _receipt(world: World, raw: bytes) -> Receipt | None:
     return found
 
 
-def _committed(honest: Contribution, choices: Choices) -> Contribution:
+def _committed(bench: _Bench, choices: Choices) -> Contribution:
     """A contribution whose trees and signature are a liar's own."""
-    snapshots = list(honest.snapshots.snapshots)
+    honest = bench.honest
+    snapshots, fields = list(honest.snapshots.snapshots), json.loads(honest.receipt.to_bytes())
+    size = len(honest.steps) // honest.receipt.num_steps
+    steps = honest.steps
     for _ in range(choices.below(3)):
         at = choices.below(len(snapshots))
         snapshots[at] = dataclasses.replace(snapshots[at], payload=_values(snapshots[at].payload, choices, 8))
-    steps = _values(honest.steps, choices, 8) if choices.flag() else honest.steps
-    size = len(honest.steps) // honest.receipt.num_steps
-    pieces = [steps[at : at + size] for at in range(0, len(steps), size)] or [b""]
-    tree = SnapshotTree(snapshots)
-    roots = {
-        "snapshots_root": tree.root,
-        "steps_root": MerkleTree([leaf_digest(piece) for piece in pieces]).root.hex(),
-    }
-    fields = json.loads(honest.receipt.to_bytes()) | roots
-    names = ("num_steps", "num_samples", "num_tokens", "num_snapshots", "loss", "data_digests", "sketch", "rank")
     if choices.flag():
-        for name in names:
-            fields[name] = altered(fields[name], choices)
-    if choices.flag():  # counts that add up, of fewer steps than were taken
+        steps = _values(steps, choices, 8)
+    if choices.flag():  # of fewer steps than were taken
         count = 1 + choices.below(3)
         fields |= {"num_steps": count, "num_samples": 2 * count, "num_tokens": 32 * count}
         fields["num_snapshots"] = (count + 1) // 2
+        snapshots, steps = snapshots[: fields["num_snapshots"]], steps[: count * size]
+    tree = SnapshotTree(snapshots)
+    pieces = [steps[at : at + size] for at in range(0, len(steps), size)] or [b""]
+    fields["snapshots_root"] = tree.root
+    fields["steps_root"] = MerkleTree([leaf_digest(piece) for piece in pieces]).root.hex()
+    if choices.flag():
+        fields |= _linked(bench.world, honest.receipt, snapshots[-1].payload)
+    if choices.flag():
+        for name in (
+            "num_steps",
+            "num_samples",
+            "num_tokens",
+            "num_snapshots",
+            "loss",
+            "data_digests",
+            "sketch",
+            "rank",
+        ):
+            fields[name] = altered(fields[name], choices)
     try:
         receipt = sign_receipt(Receipt.model_validate_json(json.dumps(fields)), CHEAT)
     except ValueError:
         receipt = honest.receipt
     return dataclasses.replace(honest, receipt=receipt, snapshots=tree, steps=steps)
+
+
+def _linked(world: World, receipt: Receipt, final: bytes) -> dict[str, str]:
+    """The payload and the sketch of what the liar says that it came to: replay alone can tell."""
+    try:
+        snapshot = decode_snapshot(final, world.parts.flat.size)
+        seed = codec_seed(receipt.run_id, receipt.round, receipt.hotkey)
+        payload = encode_payload(world.parts, world.state, snapshot, seed, None).payload
+    except (PeerFault, ValueError):
+        return {}
+    root = MerkleTree(world.parts.layout.chunk_digests(payload)).root.hex()
+    return {
+        "payload_root": root,
+        "sketch": displacement_sketch(receipt.run_id, receipt.round, world.state, snapshot),
+    }
 
 
 def _values(raw: bytes, choices: Choices, skip: int) -> bytes:

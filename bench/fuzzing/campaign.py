@@ -1,7 +1,7 @@
 """Targets under libFuzzer, each in a process of its own.
 
 This process imports everything once, instrumented, and forks a child per target: libFuzzer ends the process that it
-runs in, and a crash, a leak or a hang of one target is no other's. Who imports `targets` before has nothing instrumented.
+runs in, and a crash, a leak or a hang of one target is no other's. What was imported before `load` is not instrumented.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -68,15 +68,16 @@ def load() -> None:
         importlib.import_module("bench.fuzzing.targets")
 
 
-def fuzz(names: Sequence[str], seconds: float, keep: Path, runs: int = 0) -> list[Outcome]:
-    """Fuzz each target for so long, one after another.
+def fuzz(shares: Mapping[str, float], keep: Path, runs: int = 0) -> list[Outcome]:
+    """Fuzz one target after another.
 
     Args:
-        seconds: for each.
-        keep: new inputs go to ``keep/NAME``, those that break something to ``keep/broken``, output to ``keep/NAME.log``.
+        shares: seconds, by target.
+        keep: new inputs go to ``keep/NAME``, those that break something to ``keep/broken``, what a child says to
+            ``keep/NAME.log``.
         runs: stop a target after so many inputs; 0: only by time.
     """
-    return [_one(name, seconds, keep, runs) for name in names]
+    return [_one(name, seconds, keep, runs) for name, seconds in shares.items()]
 
 
 def _one(name: str, seconds: float, keep: Path, runs: int) -> Outcome:

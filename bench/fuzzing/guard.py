@@ -34,12 +34,14 @@ class Target:
         run: takes any bytes; raises where something is wrong.
         max_len: bytes of the longest input.
         promise: in words.
+        weight: of its share of the time.
     """
 
     name: str
     run: Callable[[bytes], None]
     max_len: int
     promise: str
+    weight: float = 1.0
 
 
 def exercise(target: Target, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from bench.fuzzing.choices import Choices, flipped
@@ -101,7 +102,7 @@ def plan(data: bytes) -> None:
     require(plan_from_dict(plan_to_dict(found)).group_id() == found.group_id(), "a plan changes on the wire")
     parts = found.parts()
     require((parts[0].start, parts[-1].stop) == (0, found.layout.num_chunks), "parts do not cover the payload")
-    require(all(one.stop == two.start for one, two in zip(parts, parts[1:], strict=False)), "parts overlap")
+    require(all(one.stop == two.start for one, two in pairwise(parts)), "parts overlap")
 
 
 def message(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Honest messages from which targets start: three miners and a validator of one run, and a group of three that averages.
+"""Honest messages from which targets start: three miners and a validator of a run, and a group of three that averages.
 
 Everything is made from fixed keys and seeds, so that an input means the same in every process.
 """
@@ -165,3 +165,22 @@ def signed_mean(plan: GroupPlan, part: int, mean: bytes, who: Key, rank: int = 0
     root = MerkleTree(plan.layout.chunk_digests(mean, part, part + 1)).root
     masks = [MaskRun(stop=part + 1, included=pack_mask([True] * len(plan.members)))]
     return sign_result(who, plan.group_id(), part, rank, masks, root)
+
+
+__all__ = [
+    "CHEAT",
+    "EXPECTED",
+    "MINERS",
+    "ROUND",
+    "SCORING",
+    "VALIDATOR",
+    "Group",
+    "chunk_bytes",
+    "examine",
+    "honest_group",
+    "honest_receipt",
+    "honest_record",
+    "honest_records",
+    "layout",
+    "signed_mean",
+]

@@ -1,7 +1,7 @@
 """The inputs from which fuzzing starts: `python -m bench.fuzzing.seeds` writes them to tests/golden/fuzz/TARGET/NAME.
 
-Real messages for the targets that parse raw bytes; for those that read choices, a few lists of choices: none (the honest
-message), each single first choice, and some drawn ones.
+Real messages for the targets that parse raw bytes; for those that read choices, a few lists of choices: none (the
+honest message), the other first choice, and some drawn ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from tests.hub_fixture import make_manifest
 from tests.records_kit import VALIDATOR, Ledger
 
 RAW = ("receipt", "synapse", "plan", "message", "record", "manifest", "evidence")
-NUM_DRAWN = 4
+NUM_DRAWN = 8
+LIES = {
+    "not-a-number": bytes([1, 1, 1, 2, 11]),
+    "infinite-start": bytes([1, 1, 0, 2, 12, 0, 0, 0, 0, 0, 0, 0, 0]),
+    "zeros": bytes([1, 1, 1, 2, 0, 0, 0, 1]),
+    "one-value": bytes([1, 1, 1, 1, 7, 5, 0, 0, 0, 1]),
+    "large-values": bytes([1, 1, 1, 2, 9, 0, 0, 1]),
+    "another-step": bytes([1, 1, 1, 3, 4]),
+    "fewer-steps": bytes([1, 0, 0, 1, 1, 1]),
+    "many-openings": bytes([0, 0, 1, 2]),
+}
+"""Choices of the target `answer`: what a liar commits to, or opens."""
 
 
 def make_seeds() -> dict[str, dict[str, bytes]]:
@@ -34,14 +45,16 @@ def make_seeds() -> dict[str, dict[str, bytes]]:
     made["plan"] = {"group": msgpack.packb(plan_to_dict(honest_group().plan))}
     made["synapse"] = {one.__class__.__name__: _numbered(SYNAPSES, one, one.to_bytes()) for one in _synapses()}
     made["message"] = {
-        f"{one.__class__.__module__.rpartition('.')[2]}-{one.__class__.__name__}": _numbered(FRAMES, one, one.to_bytes())
+        f"{one.__class__.__module__.rpartition('.')[2]}-{one.__class__.__name__}": _numbered(
+            FRAMES, one, one.to_bytes()
+        )
         for one in _frames()
     }
     drawn = random.Random(20)
     for name in TARGETS:
         if name not in RAW:
             some = {f"drawn-{i}": drawn.randbytes(24) for i in range(NUM_DRAWN)}
-            made[name] = {"honest": bytes(48), "other": b"\1" + bytes(47), **some}
+            made[name] = {"honest": bytes(48), "other": b"\1" + bytes(47), **some, **(LIES if name == "answer" else {})}
     return made
 
 
@@ -76,11 +89,11 @@ def _synapses() -> list[protocol.Message]:
     opening = protocol.Opening(index=4, step=50, payload=bytes(20), proof=(bytes(32),))
     remainder = protocol.RemainderOpening(values=bytes(8), previous=b"{}", others=bytes(32))
     plan: bytes = msgpack.packb(plan_to_dict(honest_group().plan))
-    counts = {"run_id": run_id, "round": ROUND}
     return [
-        protocol.Train(**counts, want="open", snapshots=(0, 4), coins=bytes(32)),
+        protocol.Train(run_id=run_id, round=ROUND, want="open", snapshots=(0, 4), coins=bytes(32)),
         protocol.TrainReply(
-            **counts,
+            run_id=run_id,
+            round=ROUND,
             status="opened",
             epoch=0,
             step=50,
@@ -92,9 +105,10 @@ def _synapses() -> list[protocol.Message]:
             remainder=remainder,
             steps=bytes(28),
         ),
-        protocol.AllReduce(**counts, attempt=0, plan=plan, base_manifest="02" * 32),
+        protocol.AllReduce(run_id=run_id, round=ROUND, attempt=0, plan=plan, base_manifest="02" * 32),
         protocol.AllReduceReply(
-            **counts,
+            run_id=run_id,
+            round=ROUND,
             attempt=0,
             accepted=True,
             completed=True,

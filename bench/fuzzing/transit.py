@@ -130,7 +130,7 @@ def reply(data: bytes) -> None:
         require(result.fault is None, f"an honest answer comes to {result.fault}")
     except PeerFault as exc:
         declared(exc, {Fault.REFUSED})
-        require(exc.fault not in LIES and body != sent.body or found.failure is not None, "an honest answer is refused")
+        require(exc.fault not in LIES and found.failure is not None, "an honest answer is refused")
     _second(sent.receipt, choices)
 
 
