@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import re
 import resource
@@ -127,6 +128,7 @@ def _run(name: str, seconds: float, corpus: Path, broken: Path, runs: int) -> No
     from bench.fuzzing.guard import exercise
     from bench.fuzzing.targets import find_target, warm_up
 
+    logging.disable(logging.CRITICAL)  # refusals by the thousand
     target = find_target(name)
     warm_up(target)
     _bound_memory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.fuzzing import accusing, answers, openings, parsing, signing, transit
+from bench.fuzzing import accusing, answers, asking, openings, parsing, signing, transit
 from bench.fuzzing.guard import Target, Violation
 
 _KIB = 1 << 10
@@ -35,6 +35,8 @@ _ALL = (
     ),
     Target(name="reply", run=transit.reply, max_len=4 * _KIB, promise="altered on its way, it convicts nobody"),
     Target(name="request", run=transit.request, max_len=4 * _KIB, promise="altered on its way, it is not let in"),
+    Target(name="challenge", run=asking.challenge, max_len=4 * _KIB, promise="opens for committed coins only"),
+    Target(name="joining", run=asking.joining, max_len=4 * _KIB, promise="joins the groups of its own round only"),
     Target(name="greeting", run=transit.greeting, max_len=4 * _KIB, promise="only who holds the key gets through"),
     Target(
         name="signed-receipt", run=signing.receipt, max_len=4 * _KIB, promise="costs nobody but its signer", weight=SLOW
