@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hivetrain.errors import IntegrityError
 from hivetrain.run import MAX_MINERS
+from hivetrain.validation import first_problem
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -104,7 +105,8 @@ def parse_manifest(raw: bytes) -> Manifest:
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as exc:
-        raise IntegrityError(f"not a manifest: {exc.error_count()} errors, first: {exc.errors()[0]['msg']}") from exc
+        first = first_problem(exc)
+        raise IntegrityError(f"not a manifest: {exc.error_count()} errors, first: {first.message}") from exc
 
 
 def _canonical(value: Any) -> bytes:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.manifest import Hotkey, Sha256
+from hivetrain.validation import first_problem
 from hivetrain.verification.receipt import MAX_RECEIPT_BYTES, MAX_SNAPSHOT_BYTES
 from hivetrain.verification.remainder import num_chunks
 from hivetrain.verification.steps import MAX_STEPS_BYTES
@@ -87,10 +88,9 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 def _as_fault(name: str, exc: ValidationError) -> PeerFault:
     """Name the first field that is wrong, without echoing what the peer wrote there."""
-    first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:100]
-    fault = Fault.NOT_FINITE if first["type"] == "finite_number" else Fault.MALFORMED
-    return PeerFault(fault, f"{name}: {exc.error_count()} bad fields, first {where!r}: {first['msg'][:150]}")
+    first = first_problem(exc)
+    fault = Fault.NOT_FINITE if first.kind == "finite_number" else Fault.MALFORMED
+    return PeerFault(fault, f"{name}: {exc.error_count()} bad fields, first {first.where!r}: {first.message}")
 
 
 R_co = TypeVar("R_co", bound=Message, covariant=True)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hivetrain.averaging.layout import PayloadLayout, Section, part_bounds
 from hivetrain.averaging.robust import get_mean
 from hivetrain.errors import Fault, PeerFault
+from hivetrain.validation import first_problem
 from hivetrain.verification.merkle import DIGEST_BYTES
 
 AUDIT_BLOCKS = 2  # of every foreign part, that each member recomputes
@@ -183,6 +184,16 @@ class GroupPlan:
         size = self.batch_chunks
         return [(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
 
+    def is_block(self, part: Part, start: int, stop: int) -> bool:
+        """Whether chunks ``[start, stop)`` are a block of ``part``, which has any size in a stranger's plan."""
+        aligned = part.start <= start < part.stop and (start - part.start) % self.block_chunks == 0
+        return aligned and stop == min(start + self.block_chunks, part.stop)
+
+    def ends_batch(self, part: Part, stop: int) -> bool:
+        """Whether a batch of ``part`` ends at chunk ``stop``."""
+        aligned = stop == part.stop or (stop - part.start) % self.batch_chunks == 0
+        return aligned and part.start < stop <= part.stop
+
     def group_id(self) -> str:
         """Hex sha256 over everything that the plan says."""
         packed: bytes = msgpack.packb(plan_to_dict(self))
@@ -281,8 +292,7 @@ def plan_from_dict(raw: object) -> GroupPlan:
             mean=model.mean,
         )
     except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
-        raise PeerFault(Fault.MALFORMED, f"not a group plan: {where}: {first['msg']}") from exc
+        first = first_problem(exc)
+        raise PeerFault(Fault.MALFORMED, f"not a group plan: {first.where}: {first.message}") from exc
     except ValueError as exc:
         raise PeerFault(Fault.MALFORMED, f"not a group plan: {exc}") from exc

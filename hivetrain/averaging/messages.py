@@ -28,6 +28,7 @@ from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import MAX_MEMBERS
 from hivetrain.averaging.transport import Stream
 from hivetrain.errors import Fault, PeerFault
+from hivetrain.validation import first_problem
 
 MAX_HEADER_BYTES = 16 << 10
 MAX_CONFIRM_BYTES = 1 << 20
@@ -227,8 +228,8 @@ def _parse(frame: Bytes, kinds: Sequence[type[Message]]) -> Message:
             try:
                 return kind.model_validate(raw)
             except ValidationError as exc:
-                first = exc.errors(include_url=False)[0]
-                raise PeerFault(Fault.MALFORMED, f"{kind_name}: {first['loc']}: {first['msg']}") from exc
+                first = first_problem(exc)
+                raise PeerFault(Fault.MALFORMED, f"{kind_name}: {first.where}: {first.message}") from exc
     raise PeerFault(Fault.MALFORMED, f"expected {names}, got {str(kind_name)[:32]!r}")
 
 

@@ -130,7 +130,7 @@ def _check_wrong_block(wrong: _WrongBlock, plan: GroupPlan, verify: Verify) -> s
         return None
     part = plan.parts()[result.part]
     require_sound(result, plan, part)
-    if (wrong.start, wrong.stop) not in plan.blocks(part.start, part.stop):
+    if not plan.is_block(part, wrong.start, wrong.stop):
         return None
     digests = plan.layout.chunk_digests(wrong.data, wrong.start, wrong.stop)
     if not verify_range(result.root, part.stop - part.start, wrong.start - part.start, digests, wrong.proof):

@@ -90,8 +90,8 @@ def require_sound(result: Result, plan: GroupPlan, part: Part) -> None:
         PeerFault: WRONG_AVERAGE.
     """
     stops = [run.stop for run in result.masks]
-    ends = {stop for _, stop in plan.batches(part)}
-    if stops != sorted(set(stops)) or not ends.issuperset(stops) or stops[-1] != part.stop:
+    whole = all(plan.ends_batch(part, stop) for stop in stops)
+    if stops != sorted(set(stops)) or not whole or stops[-1] != part.stop:
         raise PeerFault(Fault.WRONG_AVERAGE, f"the masks of chunks [{part.start}, {part.stop}) end at {stops[:8]}")
     for run in result.masks:
         try:

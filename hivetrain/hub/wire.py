@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 
 from hivetrain.hub.records import Refused
+from hivetrain.validation import first_problem
 
 MAX_PATH_LENGTH = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -147,9 +148,8 @@ def parse(model: type[Body], raw: object) -> Body:
             return model.model_validate_json(raw)
         return model.model_validate(raw)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, f"malformed {model.__name__}: {where}: {first['msg']}") from exc
+        first = first_problem(exc)
+        raise Refused(400, f"malformed {model.__name__}: {first.where}: {first.message}") from exc
 
 
 def parse_commit_lines(raw: bytes) -> list[CommitLine]:

@@ -23,6 +23,7 @@ from hivetrain.manifest import Hotkey, Sha256
 from hivetrain.run import MAX_MINERS, MAX_SNAPSHOTS, Scoring
 from hivetrain.scoring.average import AverageState, Round
 from hivetrain.scoring.score import Bandwidth, CheckResult, RoundFacts, Score, Unscored
+from hivetrain.validation import first_problem
 from hivetrain.verification.receipt import Receipt
 
 MAX_RECORD_BYTES = 4 << 20
@@ -215,9 +216,8 @@ def parse_record(raw: bytes, *, validator: str, round_number: int, verify: Verif
     try:
         record = RoundRecord.model_validate_json(raw)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:100]
-        raise IntegrityError(f"{label} cannot be read: field {where!r}: {first['msg'][:150]}") from exc
+        first = first_problem(exc)
+        raise IntegrityError(f"{label} cannot be read: field {first.where!r}: {first.message}") from exc
     if (record.validator, record.round) != (validator, round_number):
         raise IntegrityError(f"{label} is of {record.validator} and round {record.round}")
     if not verify(validator, record.signed_bytes(), bytes.fromhex(record.signature)):

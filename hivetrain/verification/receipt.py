@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.identity import Identity, Verify
 from hivetrain.training.state import Snapshot
+from hivetrain.validation import first_problem
 from hivetrain.verification.merkle import MerkleTree, leaf_digest, verify_range
 from hivetrain.verification.sketch import SKETCH_HEX_CHARS, from_hex
 
@@ -106,9 +107,8 @@ def parse_receipt(raw: bytes, *, hotkey: str, verify: Verify) -> Receipt:
     try:
         receipt = Receipt.model_validate_json(raw)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:100]  # an unknown field's name is the stranger's, however long
-        raise PeerFault(Fault.MALFORMED, f"receipt field {where!r}: {first['msg'][:150]}") from exc
+        first = first_problem(exc)
+        raise PeerFault(Fault.MALFORMED, f"receipt field {first.where!r}: {first.message}") from exc
     if receipt.hotkey != hotkey:
         raise PeerFault(Fault.BAD_SIGNATURE, f"receipt is {receipt.hotkey}'s, expected {hotkey}'s")
     if not verify(hotkey, receipt.signed_bytes(), bytes.fromhex(receipt.signature)):
