@@ -122,6 +122,7 @@ def publish(collected: Collected, checks: dict[str, CheckResult | None]) -> Roun
         facts=facts,
         scores=scores,
         receipts=collected.receipts,
+        ranks={one.hotkey: rank for rank, one in enumerate(MINERS)},
         draws=draws,
         owed=frozenset(),
         before=before.state,

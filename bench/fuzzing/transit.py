@@ -179,7 +179,7 @@ class _Script:
     frames: list[bytes]
     sent: list[bytes] = field(default_factory=list)
 
-    async def send(self, frame: Bytes) -> None:
+    async def send(self, frame: Bytes, more: bool = False) -> None:
         self.sent.append(bytes(frame))
 
     async def receive(self, max_bytes: int) -> bytes:
