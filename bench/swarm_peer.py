@@ -9,7 +9,7 @@ import time
 import warnings
 from typing import Any
 
-VOCABULARY, LENGTH = 256, 32
+VOCABULARY, LENGTH, BATCH = 256, 32, 4
 
 # What the optimizer does on the training thread: whose calls they are.
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -41,12 +41,13 @@ class Timer:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._began = self._blocked = self._ended = 0.0
-        self._first = self._last = 0
+        self._first = self._last = self._steps = self._counted = 0
         self._phases = dict.fromkeys(PHASES, 0.0)
 
     def result(self) -> dict[str, Any]:
         wall_s, rounds = self._ended - self._began, self._last - self._first
-        return {"wall_s": wall_s, "blocked_s": self._blocked, "rounds": rounds, "phases": self._phases}
+        return {"wall_s": wall_s, "blocked_s": self._blocked, "rounds": rounds, "phases": self._phases,
+                "samples": BATCH * self._counted}  # fmt: skip
 
     def watch(self, swarm: Any) -> None:
         """Time what the optimizer calls on the training thread."""
@@ -86,9 +87,12 @@ class Timer:
                 epoch = swarm.local_epoch
                 if timer._began and epoch <= options["epochs"] - 2:
                     timer._blocked += now - self.entered
+                    timer._steps += 1
+                    if epoch > timer._last:  # the samples of whole rounds
+                        timer._counted = timer._steps
                     timer._ended, timer._last = now, epoch
                 elif not timer._began and epoch >= 2 and swarm.tracker.global_progress.num_peers == 2:
-                    timer._began, timer._first = now, epoch
+                    timer._began, timer._first, timer._last = now, epoch, epoch
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if trainer.optimizer.optimizer.local_epoch >= options["epochs"]:
@@ -99,7 +103,7 @@ class Timer:
 
 def shared(options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "output_dir": options["out"], "per_device_train_batch_size": 4, "max_steps": 5000, "report_to": [],
+        "output_dir": options["out"], "per_device_train_batch_size": BATCH, "max_steps": 5000, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
@@ -149,7 +153,7 @@ def stock(options: dict[str, Any]) -> Any:
     model, data = build(options["width"])
     dht = hivemind.DHT(initial_peers=options["peers"], start=True)
     optimizer = hivemind.Optimizer(
-        dht=dht, run_id="bench", target_batch_size=options["target"], batch_size_per_step=4,
+        dht=dht, run_id="bench", target_batch_size=options["target"], batch_size_per_step=BATCH,
         params=list(model.parameters()), optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         scheduler=lambda inner: torch.optim.lr_scheduler.ConstantLR(inner, factor=1.0), **options["times"],
         averager_opts={"request_timeout": options["times"]["matchmaking_time"] / 2},

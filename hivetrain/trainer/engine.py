@@ -99,6 +99,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
         self.scheduled_grads: Any = None
+        self.scheduled_state: Any = None
         options = dict(config.opt)
         self._request_timeout = cast(dict[str, Any], options["averager_opts"])["request_timeout"]
         options["batch_size_per_step"] = batch_size_per_step
@@ -238,12 +239,11 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         # Alone, hivemind would look for a group, drop it in the end, and take a newcomer into the dropped one.
         if self.tracker.global_progress.num_peers <= 1:
             return False
-        return (
-            control is None or control.triggered or control.done()
-        ) and self._eta_s() <= EARLY * self.matchmaking_time
+        free = control is None or control.triggered or control.done()
+        return bool(free and self._eta_s() <= EARLY * self.matchmaking_time)
 
     def _eta_s(self) -> float:
-        return max(0.0, float(self.tracker.estimated_next_update_time) - get_dht_time())
+        return max(0.0, float(self.tracker.estimated_next_update_time - get_dht_time()))
 
     def _patience_s(self) -> float:
         """For how long a group is looked for: the averaging timeout counts from when the swarm has its samples."""
@@ -266,7 +266,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             return True
         state = self.scheduled_state
         looked_for = state is not None and not state.triggered and not state.done() and not _is_formed(state)
-        return looked_for and now - self._waits_since < self.matchmaking_time
+        return bool(looked_for) and now - self._waits_since < self.matchmaking_time
 
     def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
         if not _all_finite(list(self.grad_averager._grads_from_parameters())):

@@ -57,7 +57,7 @@ class Vector:
     @torch.no_grad()
     def encode(self, tensors: Sequence[Tensor], seed: bytes) -> tuple[bytes, MerkleTree]:
         """The payload, and the tree over its chunks; ``seed`` is what its codec rounds by."""
-        for piece, tensor in zip(self._flat.split(self._sizes), tensors, strict=True):
+        for piece, tensor in zip(torch.split(self._flat, self._sizes), tensors, strict=True):
             piece.copy_(tensor.reshape(-1))
         number = int.from_bytes(hashlib.sha256(seed).digest()[:6], "big")
         payload = self.layout.encode({SECTION: self._flat}, number)
@@ -66,7 +66,7 @@ class Vector:
     @torch.no_grad()
     def copy_into(self, mean: Tensor, tensors: Sequence[Tensor]) -> None:
         """Put the mean where the tensors were."""
-        for piece, tensor in zip(mean.split(self._sizes), tensors, strict=True):
+        for piece, tensor in zip(torch.split(mean, self._sizes), tensors, strict=True):
             tensor.copy_(piece.view_as(tensor))
 
 
