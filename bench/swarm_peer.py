@@ -42,6 +42,7 @@ class Timer:
         self._options = options
         self._began = self._blocked = self._ended = 0.0
         self._first = self._last = self._steps = self._counted = 0
+        self._over = False
         self._phases = dict.fromkeys(PHASES, 0.0)
 
     def result(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Timer:
             try:
                 return call(*args, **kwargs)
             finally:
-                if self._began and threading.current_thread() is threading.main_thread():
+                if self._began and not self._over and threading.current_thread() is threading.main_thread():
                     self._phases[name] += time.perf_counter() - began
 
         return timed
@@ -85,12 +86,13 @@ class Timer:
             def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
                 now, swarm = time.perf_counter(), trainer.optimizer.optimizer
                 epoch = swarm.local_epoch
-                if timer._began and epoch <= options["epochs"] - 2:
+                if timer._began and not timer._over:
                     timer._blocked += now - self.entered
                     timer._steps += 1
                     if epoch > timer._last:  # the samples of whole rounds
                         timer._counted = timer._steps
                     timer._ended, timer._last = now, epoch
+                    timer._over = epoch >= options["epochs"] - 2
                 elif not timer._began and epoch >= 2 and swarm.tracker.global_progress.num_peers == 2:
                     timer._began, timer._first, timer._last = now, epoch, epoch
 

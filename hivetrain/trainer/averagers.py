@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from hivemind.utils.asyncio import enter_asynchronously
 from hivetrain.averaging.guest import Guest
 from hivetrain.errors import PeerFault, ServiceError
 from hivetrain.trainer.config import Reach
-from hivetrain.trainer.exchange import Averaged, Vector, average
+from hivetrain.trainer.exchange import Averaged, Vector, average, cut_from_one
 from hivetrain.trainer.keys import SessionKey
 from hivetrain.trainer.lobby import Lobby
 from hivetrain.trainer.meeting import Arrival, Meeting, Times
@@ -234,6 +234,13 @@ async def _either(one: Awaitable[object], other: Awaitable[object]) -> None:
 class SwarmGradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
     """Averages gradients, weighted by samples."""
 
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], **kwargs: Any) -> None:
+        parameters = tuple(parameters)
+        # As one vector they travel from where they are, and their mean lands there.
+        whole = all(parameter.dtype == torch.float32 for parameter in parameters)
+        averaged = cut_from_one([parameter.shape for parameter in parameters]) if whole else ()
+        super().__init__(parameters, averaged_grads=averaged, **kwargs)
+
     @torch.no_grad()
     def load_accumulators_into_averager_(self) -> None:
         # hivemind divides by the number of batches, which is right only where all have the size of the first.
@@ -241,7 +248,17 @@ class SwarmGradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
         scale = self._anchor_batch_size / samples if samples else 0.0
         with self.get_tensors() as averaged:
             for accumulated, mean in zip(self._grad_accumulators(), averaged, strict=True):
-                mean.copy_(accumulated, non_blocking=True).mul_(scale)
+                if accumulated.device == mean.device and accumulated.dtype == mean.dtype:
+                    torch.mul(accumulated, scale, out=mean)
+                else:
+                    mean.copy_(accumulated, non_blocking=True).mul_(scale)
+
+    @torch.no_grad()
+    def reset_accumulated_grads_(self) -> None:
+        # hivemind asks for it twice in each round.
+        self._accumulators_used_in_step = False
+        if self.local_times_accumulated:
+            super().reset_accumulated_grads_()
 
 
 class SwarmStateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]

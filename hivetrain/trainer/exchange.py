@@ -7,13 +7,16 @@ peers that went through the same rounds average their states, there is nothing t
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hivetrain.averaging.butterfly import all_reduce
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.layout import PayloadLayout, Section
 from hivetrain.errors import ServiceError
@@ -23,6 +26,7 @@ from hivetrain.trainer.meeting import Meeting
 from hivetrain.verification.merkle import MerkleTree
 
 SECTION = "values"
+LOSSLESS = "fp32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,37 +48,73 @@ class Vector:
     """Tensors as one flat vector, and memory that is kept from round to round.
 
     Args:
-        tensors: of any float type; their shapes stay.
+        tensors: of any float type; their shapes and places stay. Cut from one flat float32 vector, as `cut_from_one`
+            makes them, they travel from where they are; others are copied first.
         codec: under which they travel.
     """
 
     def __init__(self, tensors: Sequence[Tensor], codec: str) -> None:
         self._sizes = [tensor.numel() for tensor in tensors]
+        self._lossless = codec == LOSSLESS
         self.layout = PayloadLayout([Section(name=SECTION, num_elements=sum(self._sizes), codec=codec)])
-        self._flat = torch.empty(sum(self._sizes))
+        self._shared = _flat_of(tensors)
+        self._flat = torch.empty(sum(self._sizes)) if self._shared is None else self._shared
         self.memory = bytearray(self.layout.size_bytes)
 
     @torch.no_grad()
-    def encode(self, tensors: Sequence[Tensor], seed: bytes) -> tuple[bytes, MerkleTree]:
-        """The payload, and the tree over its chunks; ``seed`` is what its codec rounds by."""
-        for piece, tensor in zip(torch.split(self._flat, self._sizes), tensors, strict=True):
-            piece.copy_(tensor.reshape(-1))
-        number = int.from_bytes(hashlib.sha256(seed).digest()[:6], "big")
-        payload = self.layout.encode({SECTION: self._flat}, number)
+    def encode(self, tensors: Sequence[Tensor], seed: bytes) -> tuple[Bytes, MerkleTree]:
+        """The payload, and the tree over its chunks; ``seed`` is what its codec rounds by.
+
+        The payload may be the tensors' own memory: they must not change while it is in use.
+        """
+        if self._shared is None:
+            for piece, tensor in zip(torch.split(self._flat, self._sizes), tensors, strict=True):
+                piece.copy_(tensor.reshape(-1))
+        payload: Bytes
+        if self._lossless and sys.byteorder == "little":
+            payload = self._flat.numpy().view(np.uint8).data
+        else:
+            number = int.from_bytes(hashlib.sha256(seed).digest()[:6], "big")
+            payload = self.layout.encode({SECTION: self._flat}, number)
         return payload, MerkleTree(self.layout.chunk_digests(payload))
 
     @torch.no_grad()
     def copy_into(self, mean: Tensor, tensors: Sequence[Tensor]) -> None:
         """Put the mean where the tensors were."""
+        if self._shared is not None:
+            self._shared.copy_(mean)
+            return
         for piece, tensor in zip(torch.split(mean, self._sizes), tensors, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+
+def cut_from_one(shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Float32 zeros of these shapes, one after another in shared memory."""
+    flat = torch.zeros(sum(shape.numel() for shape in shapes))
+    flat.share_memory_()  # type: ignore[no-untyped-call]
+    pieces = torch.split(flat, [shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _flat_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The vector that ``tensors`` were cut from, if they were."""
+    if not tensors or any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in tensors):
+        return None
+    start = place = int(tensors[0].storage_offset())
+    for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() != tensors[0].untyped_storage().data_ptr():
+            return None
+        if tensor.storage_offset() != place:
+            return None
+        place += tensor.numel()
+    return tensors[0].detach().as_strided((place - start,), (1,), start)
 
 
 async def average(
     meeting: Meeting,
     me: Identity,
     weight: float,
-    payload: bytes,
+    payload: Bytes,
     tree: MerkleTree,
     memory: bytearray | None = None,
 ) -> Averaged:
@@ -114,5 +154,5 @@ async def average(
 def _all_equal(plan: GroupPlan) -> bool:
     """Whether everyone brings the same bits. Under a lossy codec tensors may differ where payloads do not."""
     roots = {member.root for member in plan.members}
-    lossless = all(section.codec == "fp32" for section in plan.layout.sections)
+    lossless = all(section.codec == LOSSLESS for section in plan.layout.sections)
     return lossless and len(roots) == 1 and None not in roots

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hivetrain.averaging.memory import MemoryHub, MemoryTransport, run_in_virtual_time
 from hivetrain.errors import ServiceError
-from hivetrain.trainer.exchange import Averaged, Vector, average
+from hivetrain.trainer.exchange import Averaged, Vector, average, cut_from_one
 from hivetrain.trainer.keys import SessionKey, verify
 from hivetrain.trainer.lobby import Lobby
 from hivetrain.trainer.meeting import Arrival, Meeting, Times
@@ -29,6 +29,9 @@ class Friend:
         self.world, self.index, self.key = world, index, SessionKey()
         generator = torch.Generator().manual_seed(index)
         self.tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        if index == 0:  # as gradients are kept
+            cut = cut_from_one([tensor.shape for tensor in self.tensors])
+            self.tensors = [piece.copy_(tensor) for piece, tensor in zip(cut, self.tensors, strict=True)]
         self.weight = float(index + 1)
         self.vector = Vector(self.tensors, world.codec)
         self.called = 0
@@ -332,8 +335,23 @@ def test_tensors_of_any_float_type_come_back_in_theirs() -> None:
     assert [tensor.dtype for tensor in tensors] == [torch.bfloat16, torch.float64]
     assert all(bool((tensor == 0.5).all()) for tensor in tensors)
     payload, tree = vector.encode(tensors, b"seed")
-    assert payload == torch.full((7,), 0.5).numpy().tobytes()
+    assert bytes(payload) == torch.full((7,), 0.5).numpy().tobytes()
     assert tree.num_leaves == 1
+
+
+def test_tensors_cut_from_one_travel_from_where_they_are() -> None:
+    tensors = cut_from_one([torch.Size((2, 3)), torch.Size((4,)), torch.Size(())])
+    assert [tuple(tensor.shape) for tensor in tensors] == [(2, 3), (4,), ()]
+    vector = Vector(tensors, "fp32")
+    payload, _ = vector.encode(tensors, b"seed")
+    tensors[1][0] = 1.0
+    assert bytes(payload) == torch.tensor([0.0] * 6 + [1.0] + [0.0] * 4).numpy().tobytes()
+    vector.copy_into(torch.arange(11.0), tensors)
+    assert torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist() == list(range(11))
+    # In another order, or with a gap, they are no vector.
+    for others in (tensors[::-1], [tensors[0], tensors[2]]):
+        payload, _ = Vector(others, "fp32").encode(others, b"seed")
+        assert bytes(payload) == torch.cat([tensor.reshape(-1) for tensor in others]).numpy().tobytes()
 
 
 def test_a_key_signs_for_itself_alone() -> None:

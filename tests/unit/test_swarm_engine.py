@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import time
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +37,15 @@ def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
         parameter.grad = torch.tensor([1.0, -2.0, 3.0])
         stepped.step()
     assert torch.equal(weight, reference)
+
+
+@pytest.fixture(autouse=True)
+def loop() -> Iterator[None]:
+    """hivemind asks for the present event loop, and would make one that nobody closes."""
+    with asyncio.Runner() as runner:
+        asyncio.set_event_loop(runner.get_loop())
+        yield
+        asyncio.set_event_loop(None)
 
 
 def averager(*parameters: torch.nn.Parameter) -> Any:
