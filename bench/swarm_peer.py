@@ -92,7 +92,7 @@ class Timer:
                     if epoch > timer._last:  # the samples of whole rounds
                         timer._counted = timer._steps
                     timer._ended, timer._last = now, epoch
-                    timer._over = epoch >= options["epochs"] - 2
+                    timer._over = epoch >= options["epochs"] - 1
                 elif not timer._began and epoch >= 2 and swarm.tracker.global_progress.num_peers == 2:
                     timer._began, timer._first, timer._last = now, epoch, epoch
 
