@@ -89,6 +89,21 @@ def test_the_states_group_is_waited_for_as_long_as_it_is_looked_for_and_the_matc
     assert not waiting._goes_on()
 
 
+def test_a_group_is_looked_for_early_once_and_never_alone() -> None:
+    def looks(eta_s: float, control: Control | None = None, peers: int = 2) -> bool:
+        made = optimizer(control, peers=peers)
+        made.matchmaking_time = 10.0
+        made.tracker.estimated_next_update_time = engine.get_dht_time() + eta_s
+        return bool(made._looks_for_groups(control))
+
+    assert looks(14.0)
+    assert not looks(1000.0)
+    assert not looks(float("inf"))
+    assert not looks(14.0, Control())
+    assert looks(14.0, Control(ended=True))
+    assert not looks(14.0, peers=1)
+
+
 def test_who_is_called_comes_at_once() -> None:
     waiting = optimizer(Control(stage=FORMED), Control())
     assert not waiting._is_called()
