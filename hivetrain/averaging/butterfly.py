@@ -19,6 +19,7 @@ import asyncio
 import logging
 
 from hivetrain.averaging.agreement import Agreement
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import GroupPlan
 from hivetrain.averaging.opening import Opener
 from hivetrain.averaging.outcome import AllReduceOutcome, FaultRecord, LinkStats
@@ -47,7 +48,7 @@ __all__ = [
 async def all_reduce(
     plan: GroupPlan,
     me: Identity,
-    payload: bytes | None,
+    payload: Bytes | None,
     transport: Transport,
     verify: Verify,
     tree: MerkleTree | None = None,
@@ -58,7 +59,8 @@ async def all_reduce(
     Args:
         plan: the same for everyone.
         me: whose hotkey the plan names.
-        payload: encoded in the plan's layout, with the root that the plan names; None where our weight is 0.
+        payload: encoded in the plan's layout, with the root that the plan names, and left as it is until we return;
+            None where our weight is 0.
         transport: started, with no acceptor; it is ours until we return.
         verify: checks the other members' signatures.
         tree: over the payload's chunks, where it is at hand; otherwise they are hashed once more.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hivetrain.averaging.clock import Clock, Signal
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import GroupPlan, Member, Part
 from hivetrain.averaging.handshake import open_handshake
 from hivetrain.averaging.means import Mean
@@ -127,7 +128,7 @@ class RoundState:
         self,
         plan: GroupPlan,
         me: Identity,
-        payload: bytes | None,
+        payload: Bytes | None,
         transport: Transport,
         verify: Verify,
         tree: MerkleTree | None = None,
@@ -265,7 +266,7 @@ class RoundState:
 
 
 def _committed_tree(
-    plan: GroupPlan, member: Member, payload: bytes | None, tree: MerkleTree | None
+    plan: GroupPlan, member: Member, payload: Bytes | None, tree: MerkleTree | None
 ) -> MerkleTree | None:
     if not member.sends:
         if payload is not None:

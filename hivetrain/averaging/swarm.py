@@ -87,6 +87,7 @@ class Swarm:
         self._bulk = bulk
         self._bulk_port = bulk_port
         self._announce_bulk = [parse_endpoint(endpoint) for endpoint in announce_bulk]
+        self._protocol = PROTOCOL
         self._acceptor: Acceptor | None = None
         self._peer_ids: Collection[str] | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -153,7 +154,7 @@ class Swarm:
             self._node = await hivemind.DHTNode.create(
                 p2p=self._p2p, initial_peers=self._initial_peers, client_mode=self._client_mode
             )
-            await self._p2p.add_binary_stream_handler(PROTOCOL, self._on_stream)
+            await self._p2p.add_binary_stream_handler(self._protocol, self._on_stream)
             self._maddrs = [str(maddr) for maddr in await self._p2p.get_visible_maddrs()]
             self._reach = self._start_bulk()
         except (FileNotFoundError, PermissionError) as exc:
@@ -188,14 +189,7 @@ class Swarm:
     async def close(self) -> None:
         """Leave the swarm and end the daemon."""
         p2p, node, self._p2p, self._node = self._p2p, self._node, None, None
-        if self._listener is not None:
-            await self._listener.close()
-            self._listener = None
-        for task in self._answering:
-            task.cancel()
-        await asyncio.gather(*self._answering, return_exceptions=True)
-        for link in list(self._links):
-            link.end()
+        await self._end_streams()
         if p2p is None:
             return
         child = p2p._child
@@ -212,6 +206,16 @@ class Swarm:
                 child.kill()
             await child.wait()
 
+    async def _end_streams(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
+        for task in self._answering:
+            task.cancel()
+        await asyncio.gather(*self._answering, return_exceptions=True)
+        for link in list(self._links):
+            link.end()
+
     def set_acceptor(self, acceptor: Acceptor | None, peer_ids: Collection[str] | None = None) -> None:
         if acceptor is not None and self._acceptor is not None:
             raise ValueError("this swarm already has an acceptor: one all-reduce at a time")
@@ -225,14 +229,19 @@ class Swarm:
                 if (known := await self._open_known(peer_id)) is not None:
                     return known
                 peer = hivemind.PeerID.from_base58(peer_id)
-                await p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
-                info, reader, writer = await p2p.call_binary_stream_handler(peer, PROTOCOL)
+                await self._connect(peer, maddrs)
+                info, reader, writer = await p2p.call_binary_stream_handler(peer, self._protocol)
                 stream = await self._take_over(info, reader, writer)
                 return await self._upgrade(stream, ip_hosts([str(info.addr), *maddrs]), opening=True)
         except Exception as exc:  # addresses are a stranger's: whatever they make the client raise, it is not reached
             if not self.alive:
                 raise ServiceError(f"our libp2p daemon has ended: {exc}") from exc
             raise LinkLost(f"peer {peer_id} cannot be reached at {list(maddrs)}: {exc!r}") from exc
+
+    async def _connect(self, peer: Any, maddrs: Sequence[str]) -> None:
+        """Have libp2p connect to ``peer``; whatever it raises, the peer is not reached."""
+        hivemind = _import_hivemind()
+        await self._p2p._client.connect(peer, [hivemind.Multiaddr(_without_peer(maddr)) for maddr in maddrs])
 
     async def _open_known(self, peer_id: str) -> FrameStream | None:
         """A stream for a ticket; None where there is none, or it is not taken."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from hivetrain.averaging.addresses import bulk_port_beside, tcp_endpoint
 from hivetrain.errors import ConfigError
 
 DHT_OPTIONS = frozenset(
@@ -38,8 +39,17 @@ OPT_OPTIONS = frozenset(
         "verbose",
     }
 )  # fmt: skip
-COMPRESSIONS = ("none", "float16", "scaled_float16", "uniform_8bit", "quantile_8bit", "blockwise_8bit")
-COMPRESSION_OPTIONS = ("grad_compression", "state_averaging_compression", "load_state_compression")
+# What is averaged goes by hivetrain's codecs; a downloaded state by hivemind's compressions.
+CODECS: Mapping[str, str] = {"none": "fp32", "float16": "fp16", "int8": "int8", "int4": "int4"}
+COMPRESSIONS: Mapping[str, tuple[str, ...]] = {
+    "grad_compression": tuple(CODECS),
+    "state_averaging_compression": ("none", "float16"),
+    "load_state_compression": (
+        "none", "float16", "scaled_float16", "uniform_8bit", "quantile_8bit", "blockwise_8bit"
+    ),
+}  # fmt: skip
+CODED_OPTIONS = ("grad_compression", "state_averaging_compression")
+LOCAL_HOST_MADDRS = ("/ip4/127.0.0.1/tcp/0",)  # hivemind's own
 MADDR_OPTIONS = ("initial_peers", "host_maddrs", "announce_maddrs")
 
 # What SwarmTrainer makes itself, and what goes silently wrong in a Trainer.
@@ -54,6 +64,12 @@ _REFUSED = {
     "auxiliary": "a Trainer trains: an auxiliary peer has no batches",
 }
 
+# Of hivemind's own all-reduce, in the place of which hivetrain's stands.
+_EXCLUDED = (
+    "averaging_alpha", "bandwidth", "compression", "min_vector_size", "part_size_bytes", "reducer_timeout",
+    "sender_timeout", "tensor_infos",
+)  # fmt: skip
+
 # Measured on loopback: state averaged in the background leaves peers a few percent apart at any given moment;
 # hivemind's own 15 s of matchmaking and 10 s between looks at the swarm's progress suit long epochs over slow links.
 DEFAULTS: Mapping[str, object] = {
@@ -64,6 +80,22 @@ DEFAULTS: Mapping[str, object] = {
     "average_state_every": 10,
 }
 TRACKER_DEFAULTS: Mapping[str, object] = {"max_refresh_period": 2.0, "default_refresh_period": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """Where one of a peer's averagers listens beside libp2p.
+
+    Attributes:
+        host_maddrs, announce_maddrs: of the DHT.
+        bulk: whether it does.
+        bulk_port: on which port; None: any.
+    """
+
+    host_maddrs: tuple[str, ...]
+    announce_maddrs: tuple[str, ...] | None
+    bulk: bool = True
+    bulk_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +118,22 @@ class SwarmConfig:
     def initial_peers(self) -> list[str]:
         """Multiaddresses of peers to join through; empty: we are the first."""
         return list(cast(Sequence[str], self.dht.get("initial_peers") or ()))
+
+    def reach(self, place: int) -> Reach:
+        """Where the averager of that place listens; 0: gradients, 1: state.
+
+        Two of one peer cannot share a port: beside a libp2p port that is given, gradients have the one 1,000 past it,
+        and the state the one after. A router forwards what its owner was told to: the first.
+        """
+        hosts = tuple(cast(Sequence[str], self.dht.get("host_maddrs") or LOCAL_HOST_MADDRS))
+        announced = cast("Sequence[str] | None", self.dht.get("announce_maddrs"))
+        ports = [endpoint[1] for maddr in hosts if (endpoint := tcp_endpoint(maddr)) and endpoint[1]]
+        return Reach(
+            host_maddrs=hosts,
+            announce_maddrs=tuple(announced) if announced else None,
+            bulk=place == 0 or not announced,
+            bulk_port=bulk_port_beside(ports[0]) + place if ports else None,
+        )
 
     def seconds(self, option: str) -> float:
         """The value of an option of ``opt`` that is a duration."""
@@ -119,7 +167,7 @@ def as_dict(value: Mapping[str, object] | str) -> dict[str, object]:
     except (TypeError, ValueError) as exc:
         raise ConfigError(
             f"hivemind_config must hold JSON values only, so that it can be saved: {exc}. "
-            f"A compression is given by its name: {', '.join(COMPRESSIONS)}"
+            f"A compression is given by its name, such as {', '.join(CODECS)}"
         ) from exc
     return cast(dict[str, object], copied)
 
@@ -153,9 +201,11 @@ def read_config(value: Mapping[str, object] | str, extra_peers: Sequence[str] = 
         raise ConfigError(f"initial peer {missing[0]!r} must end in /p2p/ and the peer's id")
     if peers:
         dht["initial_peers"] = peers
-    for name in COMPRESSION_OPTIONS:
-        if name in opt and opt[name] not in COMPRESSIONS:
-            raise ConfigError(f"{name} must be one of {', '.join(COMPRESSIONS)}, got {opt[name]!r}")
+    for name, known in COMPRESSIONS.items():
+        if name in opt and opt[name] not in known:
+            theirs = opt[name] in COMPRESSIONS["load_state_compression"]
+            why = ": the others are of hivemind's own all-reduce, which SwarmTrainer does not use" if theirs else ""
+            raise ConfigError(f"{name} must be one of {', '.join(known)}, got {opt[name]!r}{why}")
     run_id, target = opt.pop("run_id", None), opt.pop("target_batch_size", None)
     if not isinstance(run_id, str) or not run_id or "." in run_id or len(run_id) > 200:
         raise ConfigError(
@@ -216,6 +266,11 @@ def _check_times(opt: Mapping[str, object]) -> None:
 def _averager_options(opt: Mapping[str, object]) -> dict[str, object]:
     """Options of both averagers. A request that outlasts the matchmaking can deadlock it."""
     options = _section(opt, "averager_opts")
+    if excluded := sorted(options.keys() & set(_EXCLUDED)):
+        raise ConfigError(
+            f"averager_opts cannot set {', '.join(excluded)}: they tune hivemind's own all-reduce, and SwarmTrainer "
+            "averages by hivetrain's. Use grad_compression and averaging_timeout"
+        )
     matchmaking = cast(float, opt["matchmaking_time"])
     timeout = options.setdefault("request_timeout", min(3.0, matchmaking / 2))
     if not isinstance(timeout, int | float) or not 0 < timeout < matchmaking:

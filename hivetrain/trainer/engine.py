@@ -1,41 +1,40 @@
 """The adapter to `hivemind.Optimizer`, which stays the engine of the rounds, and what we bend in it.
 
-Bent, each because it was measured to go wrong otherwise: a download of the swarm's state that is retried without end,
-or believed without a look at its shapes; batches of different sizes weighed wrongly; a gradient that is not finite and
-would be everyone's; Ctrl-C ignored from the first averager on; processes that outlive the one they served.
+Training waits for others as little as it can without a step of staleness. A group is looked for early, so that it is
+formed when the swarm has its samples. Until it is formed we go on: what is computed meanwhile counts in the same round.
+And whoever is ready first calls the rest of the group, which comes after the step under way.
+
+Bent besides, each because it was measured to go wrong otherwise: a download of the swarm's state that is retried
+without end; a gradient that is not finite and would be everyone's; Ctrl-C ignored from the first averager on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import hivemind
 import torch
-from hivemind.averaging.allreduce import AllReduceRunner
-from hivemind.averaging.averager import DecentralizedAverager
-from hivemind.averaging.partition import AllreduceException
-from hivemind.optim.grad_averager import GradientAverager
+from hivemind.averaging.control import AveragingStage
 from hivemind.optim.progress_tracker import ProgressTracker
-from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
+from hivemind.optim.state_averager import dump_optimizer_state
 from hivemind.utils import ValueWithExpiration, get_dht_time
-from hivemind.utils.asyncio import as_aiter, azip
 
 from hivetrain.errors import ServiceError
-from hivetrain.trainer.config import COMPRESSION_OPTIONS, SwarmConfig
-from hivetrain.trainer.node import Node, die_with, quieten_asyncio
+from hivetrain.trainer.averagers import Notes, SwarmGradientAverager, SwarmStateAverager
+from hivetrain.trainer.config import CODECS, CODED_OPTIONS, SwarmConfig
+from hivetrain.trainer.node import Node
 from hivetrain.trainer.rounds import RoundReport
 
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
-FIRST_ESTIMATE_S = 0.1
+EARLY = 1.5  # times the matchmaking, before the swarm is expected to have its samples: a group is looked for
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "none": hivemind.compression.NoCompression,
@@ -47,154 +46,14 @@ _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
 }
 
 
-class _Averager(DecentralizedAverager):  # type: ignore[misc]
-    """What both averagers share: their process ends with ours, bytes sent are counted, downloads are checked."""
-
-    sent_bytes: Any
-    heard: Any  # of the newest round: the sum of the weights that members declared to us, and how many did
-
-    def run(self) -> None:
-        die_with(self._parent_pid)
-        quieten_asyncio()
-        super().run()
-
-    async def _run_allreduce_inplace_(
-        self, tensors: Any, group_info: Any, group_id: bytes | None = None, **kwargs: Any
-    ) -> None:
-        group_id = group_info.group_id if group_id is None else group_id
-        runner = _CountingRunner(
-            p2p=self._p2p, servicer_type=type(self), prefix=self.prefix, tensors=tensors, group_id=group_id,
-            ordered_peer_ids=group_info.peer_ids, **kwargs,
-        )  # fmt: skip
-        runner.sent_bytes, runner.heard = self.sent_bytes, self.heard
-        self.heard[:] = [runner.weight, 1.0]
-        self._running_groups[group_id].set_result(runner)
-        async for tensor, update in azip(as_aiter(*tensors), runner):
-            if update.shape != tensor.shape:
-                raise AllreduceException(f"an average has shape {tuple(update.shape)}, expected {tuple(tensor.shape)}")
-            tensor.add_(update, alpha=self._averaging_alpha)
-            self.last_updated = get_dht_time()
-            self._state_updated.set()
-
-    def load_state_from_peers(self, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]] | None:
-        state = super().load_state_from_peers(**kwargs)
-        self.downloaded_epoch: int | None = None
-        if state is None:
-            return None
-        metadata, tensors = state
-        if problem := self._problem_of(metadata, tensors):
-            logger.warning("a peer's state is refused: %s", problem)
-            return None
-        self.downloaded_epoch = metadata["epoch"]
-        return metadata, tensors
-
-    def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
-        """What is wrong with a downloaded state; hivemind would copy it half and fail in the middle."""
-        return None
-
-
-class _CountingRunner(AllReduceRunner):  # type: ignore[misc]
-    sent_bytes: Any
-    heard: Any
-
-    async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[Any]:
-        async for message in super()._generate_input_for_peer(peer_index):
-            self._count(message)
-            yield message
-
-    async def rpc_aggregate_part(self, stream: Any, context: Any) -> AsyncIterator[Any]:
-        async for message in super().rpc_aggregate_part(self._listen(stream), context):
-            self._count(message)
-            yield message
-
-    async def _listen(self, stream: Any) -> AsyncIterator[Any]:
-        first = True
-        async for message in stream:
-            if first:
-                with self.heard.get_lock():
-                    self.heard[0] += message.weight
-                    self.heard[1] += 1
-            first = False
-            yield message
-
-    def _count(self, message: Any) -> None:
-        with self.sent_bytes.get_lock():
-            self.sent_bytes.value += len(message.tensor_part.buffer)
-
-
-class _GradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
-    def __init__(self, *args: Any, sent_bytes: Any, **kwargs: Any) -> None:
-        self.sent_bytes, self.heard = sent_bytes, multiprocessing.Array("d", 2)
-        super().__init__(*args, **kwargs)
-
-    @torch.no_grad()
-    def load_accumulators_into_averager_(self) -> None:
-        # hivemind divides by the number of batches, which is right only where all have the size of the first.
-        samples = self.local_samples_accumulated
-        scale = self._anchor_batch_size / samples if samples else 0.0
-        with self.get_tensors() as averaged:
-            for accumulated, mean in zip(self._grad_accumulators(), averaged, strict=True):
-                mean.copy_(accumulated, non_blocking=True).mul_(scale)
-
-
-class _StateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]
-    def __init__(self, *, sent_bytes: Any, **kwargs: Any) -> None:
-        self.sent_bytes, self.heard = sent_bytes, multiprocessing.Array("d", 2)
-        super().__init__(**kwargs)
-
-    def download(self, timeout_s: float) -> bool:
-        """Load the newest state that a peer shares; False if none is as new as ours."""
-        before = self.local_epoch
-        self.load_state_from_peers(timeout=timeout_s)
-        return self.downloaded_epoch is not None and self.downloaded_epoch >= before
-
-    @torch.no_grad()
-    def relink(self) -> None:
-        """Average the optimizer's statistics that are in use: loading a state replaced the tensors shared for it."""
-        if not self.reuse_tensors:
-            return
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        shared = iter(self._averaged_tensors[len(weights) :])
-        with self.lock_averaged_tensors:
-            for name in self.opt_keys_for_averaging:
-                for weight in weights:
-                    tensor, loaded = next(shared), self.optimizer.state[weight][name]
-                    if tensor.data_ptr() != loaded.data_ptr():
-                        tensor.copy_(loaded)
-                        self.optimizer.state[weight][name] = tensor
-
-    def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
-        return problem_of_state(self.optimizer, self.extra_tensors, metadata, tensors)
-
-
-def problem_of_state(
-    optimizer: torch.optim.Optimizer, extra_tensors: Sequence[torch.Tensor], metadata: Any, tensors: Sequence[Any]
-) -> str | None:
-    """What makes a downloaded state another than ours, in words; None: it can be loaded."""
-    values, moments = dump_optimizer_state(optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    expected = [tuple(tensor.shape) for tensor in (*weights, *extra_tensors, *moments)]
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
-        return f"its epoch is {metadata.get('epoch') if isinstance(metadata, dict) else metadata!r}"
-    theirs = metadata.get("optimizer_metadata")
-    if not isinstance(theirs, list | tuple) or [_kind(one) for one in theirs] != [_kind(one) for one in values]:
-        return "its optimizer is another one"
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if shapes != expected:
-        return f"it has {len(shapes)} tensors, ours {len(expected)}, or other shapes"
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        return "it holds values that are not finite"
-    return None
-
-
-def _kind(entry: Any) -> Any:
-    """A tensor and its place, or a value's type, in what `dump_optimizer_state` says."""
-    if not isinstance(entry, dict):
-        return None
-    return (entry.get("type"), entry["index"]) if entry.get("type") == "tensor" else type(entry.get("value")).__name__
-
-
 class _Tracker(ProgressTracker):  # type: ignore[misc]
+    called: Callable[[], bool] = staticmethod(lambda: False)
+
+    @property
+    def ready_to_update_epoch(self) -> bool:
+        """Whether the swarm has its samples: as far as we know, or because a member of our group knows."""
+        return self.called() or bool(super().ready_to_update_epoch)
+
     def _parse_swarm_progress_data(self, metadata: Any) -> Any:
         # What the DHT holds of ourselves is older than what we know: with it, an epoch would last some steps longer.
         ours = self.local_progress
@@ -233,18 +92,21 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         shares_state: bool,
     ) -> None:
         self._take_samples, self._on_round, self._shares_state = take_samples, on_round, shares_state
-        self._sent = multiprocessing.Value("q", 0)
+        self._notes, self._state_notes = Notes(), Notes()
+        self._reach = config.reach
         self._group_size: int | None = None
         self._group_samples: int | None = None
+        self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
         self.scheduled_grads: Any = None
+        self.scheduled_state: Any = None
         options = dict(config.opt)
         self._request_timeout = cast(dict[str, Any], options["averager_opts"])["request_timeout"]
         options["batch_size_per_step"] = batch_size_per_step
         options["client_mode"] = True  # hivemind reads any value as "what the DHT is"
-        for name in COMPRESSION_OPTIONS:
-            if name in options:
-                options[name] = _COMPRESSIONS[str(options[name])]()
+        self._codecs = [CODECS[str(options.pop(name, "none"))] for name in CODED_OPTIONS]
+        if "load_state_compression" in options:
+            options["load_state_compression"] = _COMPRESSIONS[str(options["load_state_compression"])]()
         if not options.get("use_local_updates"):
             options["grad_averager_factory"] = self._make_grad_averager
         with _kept_interrupt():
@@ -252,9 +114,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
             )  # fmt: skip
-        # Without a first estimate hivemind looks for the first group for a state only when training waits for it.
-        for estimate in (self.delay_before_state_averaging, self.state_averager.delay_before_averaging):
-            estimate.update(task_size=1, interval=FIRST_ESTIMATE_S)
+        self.tracker.called = self._is_called
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> _Tracker:
         return _Tracker(
@@ -267,22 +127,23 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             **kwargs,
         )
 
-    def _make_state_averager(self, **kwargs: Any) -> _StateAverager:
+    def _make_state_averager(self, **kwargs: Any) -> SwarmStateAverager:
         sharing = self._shares_state and not self.client_mode
-        return _StateAverager(
+        return SwarmStateAverager(
             dht=self.dht, prefix=f"{self.run_id}_state_averager", min_matchmaking_time=self.matchmaking_time,
             allreduce_timeout=self.allreduce_timeout, shutdown_timeout=self.shutdown_timeout,
             offload_optimizer=self.offload_optimizer, custom_gradients=self.offload_optimizer,
             status_loglevel=self.status_loglevel, next_chunk_timeout=self.next_chunk_timeout,
-            client_mode=self.client_mode, allow_state_sharing=sharing, sent_bytes=self._sent, start=True, **kwargs,
+            client_mode=self.client_mode, allow_state_sharing=sharing, start=True, codec=self._codecs[1],
+            notes=self._state_notes, reach=self._reach(1), **kwargs,
         )  # fmt: skip
 
-    def _make_grad_averager(self, **kwargs: Any) -> _GradientAverager:
+    def _make_grad_averager(self, **kwargs: Any) -> SwarmGradientAverager:
         # Nobody downloads a gradient averager's state: it is the state averager's that counts.
-        return _GradientAverager(
+        return SwarmGradientAverager(
             **{**kwargs, "request_timeout": self._request_timeout, "allow_state_sharing": False},
-            sent_bytes=self._sent,
-        )
+            codec=self._codecs[0], notes=self._notes, reach=self._reach(0),
+        )  # fmt: skip
 
     def step(self, closure: Any = None, batch_size: int | None = None, grad_scaler: Any = None) -> Any:
         samples = self._take_samples()
@@ -335,9 +196,12 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         Raises:
             ServiceError: for `load_state_timeout` seconds nobody gave us a state.
         """
-        if self.scheduled_grads is not None and not self.scheduled_grads.done():
-            self._tag_along_with_zero_weight(self.scheduled_grads)
-        self.scheduled_grads = None
+        control, self.scheduled_grads = self.scheduled_grads, None
+        if control is not None and not control.done():
+            if control.stage is AveragingStage.LOOKING_FOR_GROUP:
+                control.cancel()
+            else:
+                self._tag_along_with_zero_weight(control)
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
             loaded = self.download(self.averaging_timeout)
@@ -360,16 +224,52 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         time.sleep(wait_s)
 
     def _maybe_schedule_gradient_averaging(self) -> None:
-        # Alone, hivemind would look for a group, drop it in the end, and take a newcomer into the dropped one.
-        if self.tracker.global_progress.num_peers > 1:
-            super()._maybe_schedule_gradient_averaging()
+        if self._looks_for_groups(self.scheduled_grads):
+            self.scheduled_grads = self.grad_averager.schedule_step(timeout=self._patience_s())
 
     def _maybe_schedule_state_averaging(self) -> None:
-        if self.tracker.global_progress.num_peers > 1:
-            super()._maybe_schedule_state_averaging()
+        epoch = max(self.local_epoch + 1, self.tracker.global_epoch)
+        if epoch % self.average_state_every or self.state_averager.averaging_in_progress:
+            return
+        if self._looks_for_groups(self.scheduled_state):
+            self.scheduled_state = self.state_averager.schedule_step(gather=epoch, timeout=self._patience_s())
+
+    def _looks_for_groups(self, control: Any) -> bool:
+        """Whether it is time to look for a group, and ``control`` does not already."""
+        # Alone, hivemind would look for a group, drop it in the end, and take a newcomer into the dropped one.
+        if self.tracker.global_progress.num_peers <= 1:
+            return False
+        free = control is None or control.triggered or control.done()
+        return bool(free and self._eta_s() <= EARLY * self.matchmaking_time)
+
+    def _eta_s(self) -> float:
+        return max(0.0, float(self.tracker.estimated_next_update_time - get_dht_time()))
+
+    def _patience_s(self) -> float:
+        """For how long a group is looked for: the averaging timeout counts from when the swarm has its samples."""
+        return self._eta_s() + float(self.averaging_timeout)
+
+    def _is_called(self) -> bool:
+        """Whether our group is formed, and a member of it is ready to average."""
+        control = self.scheduled_grads
+        return control is not None and _is_formed(control) and self._notes.called
+
+    def _goes_on(self) -> bool:
+        """Whether training goes on although the swarm has its samples: the group is not formed yet."""
+        control, now = self.scheduled_grads, time.monotonic()
+        if self.grad_averager is None or self.tracker.global_progress.num_peers <= 1 or self._is_called():
+            return False
+        if control is None or control.triggered or control.done():
+            return False
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if not _is_formed(control):
+            return True
+        state = self.scheduled_state
+        looked_for = state is not None and not state.triggered and not state.done() and not _is_formed(state)
+        return bool(looked_for) and now - self._waits_since < self.matchmaking_time
 
     def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
-        if not all(bool(torch.isfinite(grad).all()) for grad in self.grad_averager._grads_from_parameters()):
+        if not _all_finite(list(self.grad_averager._grads_from_parameters())):
             logger.warning("swarm: a gradient is not finite: these %d samples are left out", batch_size)
             return False
         return bool(super()._check_and_accumulate_gradients(batch_size, grad_scaler))
@@ -379,17 +279,21 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         control = maybe_step_control
         self._group_size, self._group_samples = 1, None
         if control is not None and control.done() and not control.cancelled() and control.exception() is None:
-            self._group_size = len(control.result())
-            samples, heard = self.grad_averager.heard
-            self._group_samples = round(samples) if heard == self._group_size else None
+            self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
         with torch.no_grad(), self.grad_averager.get_tensors() as gradients:
-            if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            if not _all_finite(list(gradients)):
                 logger.warning("swarm: the group's mean is not finite: this step is taken without it")
                 for gradient in gradients:
                     gradient.zero_()
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
-        samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent.value, time.perf_counter()
+        if self._goes_on():
+            if self.tracker.global_epoch > self.local_epoch:  # the others have averaged without us
+                logger.warning("swarm: the others went on to epoch %d without us", self.tracker.global_epoch)
+                self.load_state_from_peers()
+            return
+        self._waits_since = None
+        samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent_bytes(), time.perf_counter()
         self._group_size = self._group_samples = None
         super()._update_global_epoch(grad_scaler)
         peers = self._group_size
@@ -401,13 +305,31 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 peers=peers,
                 samples=self._group_samples or samples,
                 seconds=time.perf_counter() - began,
-                sent_bytes=self._sent.value - sent,
+                sent_bytes=self._sent_bytes() - sent,
             )
         )
+
+    def _sent_bytes(self) -> int:
+        return self._notes.sent_bytes + self._state_notes.sent_bytes
 
     def children(self) -> list[int]:
         """Process ids to end if closing fails."""
         return [averager.pid for averager in (self.state_averager, self.grad_averager) if averager is not None]
+
+
+def _is_formed(control: Any) -> bool:
+    return bool(control.stage is AveragingStage.AWAITING_TRIGGER and not control.done())
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether no value is infinite or NaN.
+
+    A sum is finite only where all its values are, and takes a fortieth of the time; large ones may overflow it.
+    """
+    sums = [tensor.sum() for tensor in tensors]
+    if all(bool(torch.isfinite(total)) for total in sums):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 @contextmanager

@@ -39,7 +39,10 @@ def fingerprint(model: torch.nn.Module, optimizer: str, schedule: str, config: S
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     frozen = [(name, value) for name, value in model.named_parameters() if not value.requires_grad]
     shapes = "\n".join(f"{name} {tuple(value.shape)}" for name, value in trainable)
-    names = ("use_local_updates", "average_state_every", "average_opt_statistics", "grad_compression")
+    names = (
+        "use_local_updates", "average_state_every", "average_opt_statistics", "grad_compression",
+        "state_averaging_compression",
+    )  # fmt: skip
     averaging = {name: config.opt[name] for name in names if config.opt.get(name)}
     return {
         "model": f"{_class_of(model)}, {len(trainable)} trainable tensors of {sum(v.numel() for _, v in trainable)} "

@@ -97,6 +97,8 @@ def _bad_combinations(opt: Mapping[str, object]) -> list[str]:
         problems.append("delay_grad_averaging needs delay_optimizer_step")
     if opt.get("use_local_updates") and opt.get("delay_grad_averaging"):
         problems.append("use_local_updates averages no gradients: drop delay_grad_averaging")
+    if opt.get("use_local_updates") and opt.get("grad_compression"):
+        problems.append("use_local_updates averages no gradients: drop grad_compression, or set that of the state")
     if opt.get("offload_optimizer") is False and (opt.get("delay_optimizer_step") or opt.get("delay_grad_averaging")):
         problems.append("delay_optimizer_step and delay_grad_averaging need offload_optimizer")
     return problems

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import pytest
 import uvloop
 
+from hivetrain.averaging.guest import Guest
 from hivetrain.averaging.memory import MemoryHub
-from hivetrain.averaging.swarm import Swarm
+from hivetrain.averaging.swarm import Swarm, _import_hivemind
 from hivetrain.averaging.transport import LinkLost, Stream, Transport
 from hivetrain.errors import Fault, PeerFault
 
@@ -66,10 +67,37 @@ async def swarm_pair(bulk: bool, client_mode: bool = False) -> AsyncIterator[Pai
             await swarm.close()
 
 
+@contextlib.asynccontextmanager
+async def guest_pair() -> AsyncIterator[Pair]:
+    """Two guests of two daemons, each beside another guest of its own."""
+    P2P, local = _import_hivemind().P2P, ["/ip4/127.0.0.1/tcp/0"]
+    one = await P2P.create(host_maddrs=local)
+    two = await P2P.create(host_maddrs=local, initial_peers=await one.get_visible_maddrs())
+    replicas = [await P2P.replicate(p2p.daemon_listen_maddr) for p2p in (one, two, one, two)]
+    guests = [Guest(p2p, f"/test/{place // 2}", local) for place, p2p in enumerate(replicas)]
+    try:
+        for guest in guests:
+            await guest.start()
+        guests[2].set_acceptor(_must_not_be_asked)
+        yield guests[0], guests[1], guests[0].visible_maddrs()
+        assert all(guest.bulk_traffic.bytes_sent > 1 << 20 for guest in guests[:2])
+        assert all(guest.libp2p_traffic.streams == 0 for guest in guests)
+    finally:
+        for guest in guests:
+            await guest.close()
+        for p2p in (*replicas, two, one):
+            await p2p.shutdown()
+
+
+async def _must_not_be_asked(stream: Stream) -> None:
+    raise AssertionError("a stream came to another guest of the daemon")
+
+
 PAIRS = {
     "memory": memory_pair,
     "swarm over libp2p": lambda: swarm_pair(bulk=False),
     "swarm over bulk": lambda: swarm_pair(bulk=True),
+    "guests of others' daemons": guest_pair,
     "swarm that dials back": lambda: swarm_pair(bulk=True, client_mode=True),
 }
 Check = Callable[[Transport, Transport, list[str]], Coroutine[None, None, None]]
@@ -244,7 +272,7 @@ CHECKS = [
 ]
 
 
-SLOW = {"swarm over libp2p", "swarm that dials back"}
+SLOW = {"swarm over libp2p", "swarm that dials back", "guests of others' daemons"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAIRS]
 
 

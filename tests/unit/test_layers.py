@@ -43,6 +43,7 @@ def test_only_template_imports_bittensor() -> None:
 # Neurons need its libp2p streams; the trainer needs its optimizer, and the DHT in a process of its own.
 HIVEMIND_ADAPTERS = {
     "hivetrain/averaging/swarm.py",
+    "hivetrain/trainer/averagers.py",
     "hivetrain/trainer/engine.py",
     "hivetrain/trainer/node.py",
 }

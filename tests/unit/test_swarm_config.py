@@ -45,6 +45,21 @@ def test_a_request_ends_before_the_matchmaking_does() -> None:
         assert options["request_timeout"] < seconds
 
 
+def test_a_peers_two_averagers_listen_on_ports_of_their_own() -> None:
+    fixed = read_config(config({"host_maddrs": ["/ip4/0.0.0.0/tcp/4001"]}))
+    assert [fixed.reach(place).bulk_port for place in (0, 1)] == [5001, 5002]
+    anywhere = read_config(config())
+    assert [anywhere.reach(place).bulk_port for place in (0, 1)] == [None, None]
+    assert anywhere.reach(0).host_maddrs == ("/ip4/127.0.0.1/tcp/0",)
+
+
+def test_behind_a_router_the_state_goes_by_the_port_that_is_forwarded() -> None:
+    announced = ["/ip4/192.0.2.1/tcp/4001"]
+    behind = read_config(config({"host_maddrs": ["/ip4/0.0.0.0/tcp/4001"], "announce_maddrs": announced}))
+    assert [behind.reach(place).bulk for place in (0, 1)] == [True, False]
+    assert behind.reach(0).announce_maddrs == tuple(announced)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -65,6 +80,9 @@ def test_a_request_ends_before_the_matchmaking_does() -> None:
         (config(auxiliary=True), "no batches"),
         (config(scheduler="linear"), "follows the swarm's epoch"),
         (config(grad_compression="zip"), "must be one of none, float16"),
+        (config(grad_compression="blockwise_8bit"), "of hivemind's own all-reduce, which SwarmTrainer does not use"),
+        (config(state_averaging_compression="int8"), "must be one of none, float16, got 'int8'"),
+        (config(averager_opts={"part_size_bytes": 1, "bandwidth": 2}), "cannot set bandwidth, part_size_bytes"),
         (config(matchmaking_time=0), "seconds above 0"),
         (config(matchmaking_time=10, averaging_timeout=10), "above matchmaking_time"),
         (config(averager_opts={"request_timeout": 30}), "below matchmaking_time"),

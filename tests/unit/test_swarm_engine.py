@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
-import multiprocessing
 import time
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from hivetrain.trainer import engine, node
+    from hivetrain.trainer import averagers, engine, node
 
 from hivetrain.errors import ConfigError, ServiceError
-from hivetrain.trainer.config import read_config
+from hivetrain.trainer.config import Reach, read_config
 from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.rounds import RoundReport
 from hivetrain.trainer.schedule import SwarmSchedule
@@ -38,11 +39,20 @@ def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
     assert torch.equal(weight, reference)
 
 
+@pytest.fixture(autouse=True)
+def loop() -> Iterator[None]:
+    """hivemind asks for the present event loop, and would make one that nobody closes."""
+    with asyncio.Runner() as runner:
+        asyncio.set_event_loop(runner.get_loop())
+        yield
+        asyncio.set_event_loop(None)
+
+
 def averager(*parameters: torch.nn.Parameter) -> Any:
-    counter = multiprocessing.Value("q", 0)
-    return engine._GradientAverager(
-        parameters, dht=None, prefix="test", client_mode=False, start=False, sent_bytes=counter
-    )
+    return averagers.SwarmGradientAverager(
+        parameters, dht=None, prefix="test", client_mode=False, start=False, notes=averagers.Notes(), codec="fp32",
+        reach=Reach(host_maddrs=(), announce_maddrs=None),
+    )  # fmt: skip
 
 
 def test_batches_of_different_sizes_weigh_as_many_samples_as_they_have() -> None:
@@ -62,13 +72,13 @@ def adamw() -> torch.optim.Optimizer:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    metadata, moments = engine.dump_optimizer_state(optimizer)
+    metadata, moments = averagers.dump_optimizer_state(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {"epoch": 3, "optimizer_metadata": metadata}, [*(weight.detach() for weight in weights), *moments]
 
 
 def test_a_state_like_ours_is_accepted(adamw: torch.optim.Optimizer) -> None:
-    assert engine.problem_of_state(adamw, (), *state_of(adamw)) is None
+    assert averagers.problem_of_state(adamw, (), *state_of(adamw)) is None
 
 
 def test_a_state_of_another_shape_kind_or_with_nan_is_refused_before_anything_is_copied(
@@ -81,7 +91,7 @@ def test_a_state_of_another_shape_kind_or_with_nan_is_refused_before_anything_is
     other_kind["optimizer_metadata"][0] = {"type": "value", "value": "x"}
 
     def problem(metadata: Any, tensors: list[torch.Tensor]) -> str:
-        return engine.problem_of_state(adamw, (), metadata, tensors) or ""
+        return averagers.problem_of_state(adamw, (), metadata, tensors) or ""
 
     assert "other shapes" in problem(metadata, wrong_shape)
     assert "other shapes" in problem(metadata, tensors[:-1])

@@ -53,6 +53,7 @@ def test_torchs_own_gradient_scaler_passes() -> None:
         ({"batch_size_per_step": 8}, "leave it out"),
         ({"delay_grad_averaging": True, "delay_optimizer_step": False}, "needs delay_optimizer_step"),
         ({"use_local_updates": True, "delay_grad_averaging": True}, "averages no gradients"),
+        ({"use_local_updates": True, "grad_compression": "int8"}, "averages no gradients: drop grad_compression"),
         ({"delay_optimizer_step": True, "offload_optimizer": False}, "need offload_optimizer"),
     ],
 )

@@ -1,0 +1,198 @@
+"""When a peer of a swarm waits for its group, and when it goes on; no processes, no network."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from hivetrain.trainer import averagers, engine
+    from hivetrain.trainer.averagers import AveragingStage
+
+from hivetrain.trainer.exchange import Averaged
+
+LOOKING, FORMED = AveragingStage.LOOKING_FOR_GROUP, AveragingStage.AWAITING_TRIGGER
+
+
+@dataclass
+class Control:
+    """A step that hivemind has scheduled."""
+
+    stage: Any = LOOKING
+    triggered: bool = False
+    ended: bool = False
+    cancelled: bool = False
+    trigger: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def done(self) -> bool:
+        return self.ended
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def wait_for_trigger(self) -> None:
+        await self.trigger.wait()
+        self.triggered = True
+
+
+@dataclass
+class Notes:
+    called: bool = False
+
+
+def optimizer(gradients: Control | None, state: Control | None = None, peers: int = 2, epoch: int = 3) -> Any:
+    made = object.__new__(engine.SwarmOptimizer)
+    made.__dict__.update(
+        _parent_pid=0, scheduled_grads=gradients, scheduled_state=state, grad_averager=object(), matchmaking_time=1e6,
+        _waits_since=None, _notes=Notes(), state_averager=types.SimpleNamespace(local_epoch=3),
+        tracker=types.SimpleNamespace(
+            global_progress=types.SimpleNamespace(num_peers=peers), global_epoch=epoch, ready_to_update_epoch=True
+        ),
+    )  # fmt: skip
+    return made
+
+
+def test_training_goes_on_until_the_group_is_formed() -> None:
+    control = Control()
+    waiting = optimizer(control)
+    assert waiting._goes_on()
+    control.stage = FORMED
+    assert not waiting._goes_on()
+
+
+@pytest.mark.parametrize(
+    "control", [None, Control(ended=True), Control(triggered=True)], ids=["none", "failed", "used"]
+)
+def test_where_no_group_is_looked_for_any_more_the_step_is_taken(control: Control | None) -> None:
+    assert not optimizer(control)._goes_on()
+
+
+def test_alone_a_peer_waits_for_nobody() -> None:
+    assert not optimizer(Control(), peers=1)._goes_on()
+
+
+def test_the_states_group_is_waited_for_as_long_as_it_is_looked_for_and_the_matchmaking_lasts() -> None:
+    state = Control()
+    waiting = optimizer(Control(stage=FORMED), state)
+    assert waiting._goes_on()
+    waiting.matchmaking_time = 0.0
+    assert not waiting._goes_on()
+    waiting.matchmaking_time = 1e6
+    state.ended = True
+    assert not waiting._goes_on()
+
+
+def test_a_group_is_looked_for_early_once_and_never_alone() -> None:
+    def looks(eta_s: float, control: Control | None = None, peers: int = 2) -> bool:
+        made = optimizer(control, peers=peers)
+        made.matchmaking_time = 10.0
+        made.tracker.estimated_next_update_time = engine.get_dht_time() + eta_s
+        return bool(made._looks_for_groups(control))
+
+    assert looks(14.0)
+    assert not looks(1000.0)
+    assert not looks(float("inf"))
+    assert not looks(14.0, Control())
+    assert looks(14.0, Control(ended=True))
+    assert not looks(14.0, peers=1)
+
+
+def test_who_is_called_comes_at_once() -> None:
+    waiting = optimizer(Control(stage=FORMED), Control())
+    assert not waiting._is_called()
+    waiting._notes.called = True
+    assert waiting._is_called()
+    assert not waiting._goes_on()
+
+
+def test_a_call_to_another_group_than_ours_is_not_heard() -> None:
+    for control in (None, Control(), Control(stage=FORMED, ended=True)):
+        waiting = optimizer(control)
+        waiting._notes.called = True
+        assert not waiting._is_called()
+
+
+def test_who_was_left_behind_loads_what_the_others_have() -> None:
+    control, loaded = Control(), []
+    waiting = optimizer(control, epoch=4)
+    waiting.load_state_from_peers = lambda: loaded.append(True)
+    waiting._update_global_epoch(None)
+    assert loaded == [True]
+
+
+class Meeting:
+    def __init__(self) -> None:
+        self.broken, self.closed = asyncio.Event(), False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def averager(meetings: list[Meeting]) -> Any:
+    made = object.__new__(averagers.SwarmGradientAverager)
+    opening = asyncio.get_running_loop().create_future()
+    opening.set_result(None)
+    left = list(meetings)
+    made.__dict__.update(
+        _opening=opening, notes=Notes(called=True), _meetings={}, _parent_pid=0, _popen=None, _closed=False,
+        _meet=lambda group: left.pop(0),
+    )  # fmt: skip
+    return made
+
+
+async def look(step: Control) -> Any:
+    return types.SimpleNamespace(group_id=b"group")
+
+
+def test_a_group_that_falls_apart_before_it_is_used_is_replaced() -> None:
+    async def main() -> None:
+        first, second = Meeting(), Meeting()
+        step, bent = Control(), averager([first, second])
+        looking = asyncio.create_task(bent._look_for_group(look, step))
+        await asyncio.sleep(0)
+        first.broken.set()
+        while bent._meetings.get(b"group") is not second:
+            await asyncio.sleep(0)
+            step.trigger.set() if first.closed else None
+        assert (await looking).group_id == b"group"
+        assert first.closed
+        assert not second.closed
+        assert not bent.notes.called
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_step_leaves_its_group() -> None:
+    async def main() -> None:
+        meeting = Meeting()
+        looking = asyncio.create_task(averager([meeting])._look_for_group(look, Control()))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        assert meeting.closed
+
+    asyncio.run(main())
+
+
+def test_notes_tell_whose_vectors_the_newest_mean_is_of() -> None:
+    notes = averagers.Notes()
+    for sent in (7, 5):
+        notes.take(Averaged(mean=None, weights={"a": 2.0, "b": 0.0, "c": 4.0}, sent_bytes=sent))
+    assert (notes.members, notes.weight, notes.sent_bytes) == (2, 6.0, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_values_are_finite_and_infinite_ones_are_found(dtype: torch.dtype) -> None:
+    large = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
+    assert engine._all_finite([torch.ones(2), large])
+    assert engine._all_finite([])
+    for bad in ("inf", "-inf", "nan"):
+        assert not engine._all_finite([torch.ones(2), torch.tensor([1.0, float(bad)], dtype=dtype)])
