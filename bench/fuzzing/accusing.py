@@ -15,7 +15,7 @@ from hivetrain.averaging.proofs import proves_two_averages, proves_wrong_average
 from hivetrain.averaging.results import sign_result
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.scoring.explain import proves
-from hivetrain.verification.merkle import MerkleTree
+from hivetrain.verification.merkle import MerkleTree, leaf_digest
 from tests.keys import verify
 
 GUILTY = (None, CHEAT.hotkey)
@@ -71,7 +71,7 @@ def _result(choices: Choices, plan: GroupPlan) -> Result:
     if choices.flag():
         return group.results[choices.below(3)]
     part, rank = choices.below(3), choices.below(3)
-    zeros = MerkleTree(group.plan.layout.chunk_digests(bytes(len(group.means[part])), part, part + 1)).root
+    zeros = MerkleTree([leaf_digest(bytes(len(group.means[part])))]).root
     root = choices.pick((group.results[part].root, zeros, choices.take(32).ljust(32, b"\0")))
     stops = sorted({choices.below(8) for _ in range(1 + choices.below(3))}) if choices.flag() else [part + 1]
     if choices.flag():

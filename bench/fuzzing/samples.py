@@ -19,7 +19,7 @@ from hivetrain.averaging.reducing import reduce_chunks, rounding_seed
 from hivetrain.averaging.results import pack_mask, sign_result
 from hivetrain.scoring.explain import against_manifest, compare, follows, recompute, tell, two_receipts
 from hivetrain.scoring.record import RoundRecord
-from hivetrain.verification.merkle import MerkleTree
+from hivetrain.verification.merkle import MerkleTree, leaf_digest
 from hivetrain.verification.receipt import Expected, Receipt
 from tests.hub_fixture import make_manifest
 from tests.keys import TestIdentity as Key
@@ -162,7 +162,7 @@ def mean_of(plan: GroupPlan, payloads: tuple[bytes, ...], part: int) -> bytes:
 
 def signed_mean(plan: GroupPlan, part: int, mean: bytes, who: Key, rank: int = 0) -> Result:
     """Everyone is in it."""
-    root = MerkleTree(plan.layout.chunk_digests(mean, part, part + 1)).root
+    root = MerkleTree([leaf_digest(mean)]).root  # a part has one chunk here, and one block
     masks = [MaskRun(stop=part + 1, included=pack_mask([True] * len(plan.members)))]
     return sign_result(who, plan.group_id(), part, rank, masks, root)
 

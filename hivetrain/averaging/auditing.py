@@ -109,7 +109,8 @@ def _agrees(state: RoundState, mean: Mean, block: Block, openings: Openings) -> 
 def _convict(state: RoundState, signed: Signed, mean: Mean, block: Block, openings: Openings) -> None:
     assert mean.result is not None
     part, (start, stop) = mean.part, block
-    proof = mean.tree.range_proof(start - part.start, stop - part.start)
+    index = state.plan.block_index(part, start)
+    proof = mean.tree.range_proof(index, index + 1)
     evidence = pack_wrong_average(mean.result, start, stop, state.store.view(start, stop), proof, openings)
     detail = f"chunks [{start}, {stop}) are not the mean of what the senders committed to"
     signed.convict((part.index, mean.result.rank), evidence, detail)

@@ -6,6 +6,7 @@ It is passed on in the same way from either: batches as soon as they are there, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from hivetrain.averaging.clock import Patience, Signal
 from hivetrain.averaging.codecs import Bytes, require_size
@@ -16,7 +17,7 @@ from hivetrain.averaging.results import mask_runs
 from hivetrain.averaging.store import MeanStore
 from hivetrain.averaging.transport import Stream
 from hivetrain.errors import PeerFault
-from hivetrain.verification.merkle import MerkleTree
+from hivetrain.verification.merkle import MerkleTree, leaf_digest
 
 STALE = "stale"
 BOUND_SLACK = 1.01  # a mean of values within the bound may pass it by its rounding
@@ -43,7 +44,7 @@ class Mean:
         self.unfit: PeerFault | None = None
         self.failed: str | None = None
         self.grown = Signal()
-        self._layout = plan.layout
+        self._plan = plan
         self._bound = plan.max_abs * BOUND_SLACK
         self._store = store
         self._digests: list[bytes] = []
@@ -51,7 +52,7 @@ class Mean:
 
     @property
     def tree(self) -> MerkleTree:
-        """Over the chunks of a whole mean."""
+        """Over the blocks of a whole mean: leaf i is the bytes of block i."""
         if self._tree is None:
             self._tree = MerkleTree(self._digests)
         return self._tree
@@ -73,7 +74,9 @@ class Mean:
             fault = self._store.put(start, stop, data, self._bound)
         else:
             fault = self._store.take_in(start, stop, self._bound)
-        self._digests += self._layout.chunk_digests(view, start, stop)
+        base = self._plan.layout.byte_offset(start)
+        edges = [self._plan.layout.byte_offset(end) - base for _, end in self._plan.blocks(start, stop)]
+        self._digests += [leaf_digest(view[low:high]) for low, high in pairwise([0, *edges])]
         self.unfit = self.unfit or fault
         self.masks.append(mask)
         self.grown.notify()

@@ -125,7 +125,7 @@ class Result(Message):
 
     Attributes:
         masks: who is in which chunks, in order.
-        root: Merkle root over the digests of the mean's encoded chunks.
+        root: Merkle root whose leaves are the mean's encoded blocks.
         signature: over `results.result_message`.
     """
 

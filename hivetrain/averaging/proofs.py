@@ -20,7 +20,7 @@ from hivetrain.averaging.results import is_signed, mask_at, require_sound
 from hivetrain.averaging.transport import MAX_FRAME_BYTES
 from hivetrain.errors import PeerFault
 from hivetrain.identity import Verify
-from hivetrain.verification.merkle import verify_range
+from hivetrain.verification.merkle import leaf_digest, verify_range
 
 MAX_EVIDENCE_BYTES = MAX_FRAME_BYTES
 
@@ -132,8 +132,8 @@ def _check_wrong_block(wrong: _WrongBlock, plan: GroupPlan, verify: Verify) -> s
     require_sound(result, plan, part)
     if not plan.is_block(part, wrong.start, wrong.stop):
         return None
-    digests = plan.layout.chunk_digests(wrong.data, wrong.start, wrong.stop)
-    if not verify_range(result.root, part.stop - part.start, wrong.start - part.start, digests, wrong.proof):
+    index, num_blocks = plan.block_index(part, wrong.start), plan.block_index(part, part.stop - 1) + 1
+    if not verify_range(result.root, num_blocks, index, [leaf_digest(wrong.data)], wrong.proof):
         return None
     included = mask_at(result, wrong.start, len(plan.members))
     openings = {opening.member: opening for opening in wrong.openings}

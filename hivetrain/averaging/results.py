@@ -65,7 +65,7 @@ def weight_in(result: Result, plan: GroupPlan, part: Part) -> float:
 def result_message(group_id: str, part: int, rank: int, masks: Sequence[MaskRun], root: bytes) -> bytes:
     """What a reducer signs."""
     runs = [[run.stop, run.included] for run in masks]
-    packed: bytes = msgpack.packb(["hivetrain-result/2", group_id, part, rank, runs, root])
+    packed: bytes = msgpack.packb(["hivetrain-result/3", group_id, part, rank, runs, root])
     return packed
 
 

@@ -2,7 +2,7 @@
 
 Who is at the other end was proved by libp2p: the secrets from which the keys derive have only ever been on that peer's
 authenticated, encrypted stream (`upgrade`). A frame of L bytes travels as L (4 bytes, big-endian) and records of up to
-`framing.RECORD_BYTES` of it, each as AES-256-GCM ciphertext and 16-byte tag. L is every record's associated data, the
+`framing.RECORD_BYTES` of it, each as AES-128-GCM ciphertext and 16-byte tag. L is every record's associated data, the
 nonce counts the records of its direction, and each direction has a key: a record that is altered, dropped, repeated,
 moved or sent back does not open.
 
@@ -27,7 +27,7 @@ TAG_BYTES = 16
 SECRET_BYTES = 32
 TOKEN_BYTES = 32
 READY_BYTES = 32
-_KEY_BYTES = 32
+_KEY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

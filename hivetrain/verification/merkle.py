@@ -49,9 +49,8 @@ class MerkleTree:
     def __init__(self, leaf_digests: Sequence[bytes]) -> None:
         if not leaf_digests:
             raise ValueError("a Merkle tree needs at least one leaf")
-        for index, digest in enumerate(leaf_digests):
-            if len(digest) != DIGEST_BYTES:
-                raise ValueError(f"leaf {index} must be {DIGEST_BYTES} bytes, got {len(digest)}")
+        if wrong := {*map(len, leaf_digests)} - {DIGEST_BYTES}:
+            raise ValueError(f"leaves must be {DIGEST_BYTES} bytes, got {sorted(wrong)}")
         self._levels = [list(leaf_digests)]
         while len(self._levels[-1]) > 1:
             self._levels.append(_parents(self._levels[-1]))
@@ -89,7 +88,7 @@ def verify_range(
     stop = start + len(leaf_digests)
     if not 0 <= start < stop <= num_leaves:
         return False
-    if any(len(digest) != DIGEST_BYTES for digest in (*leaf_digests, *proof)):
+    if not {*map(len, leaf_digests), *map(len, proof)} <= {DIGEST_BYTES}:
         return False
     nodes, used, size = list(leaf_digests), 0, num_leaves
     while size > 1:

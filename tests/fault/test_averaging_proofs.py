@@ -20,7 +20,7 @@ from hivetrain.averaging.reducing import decode_sane, reduce_chunks, rounding_se
 from hivetrain.averaging.results import sign_result
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.scoring.explain import proves
-from hivetrain.verification.merkle import MerkleTree
+from hivetrain.verification.merkle import MerkleTree, leaf_digest
 from template.validator.records import proven_averages
 
 BAD = 2
@@ -56,7 +56,9 @@ def honest_block(world: World, senders: tuple[int, ...] = (0, 1, 2)) -> dict[str
     vectors = [layout.decode_chunks(cut(one, part.start, part.stop), part.start, part.stop) for one in sent]
     weights = [plan.members[i].weight for i in senders]
     mean = reduce_chunks(plan, part.start, part.stop, vectors, weights, rounding_seed(plan.group_id()))
-    tree = MerkleTree(layout.chunk_digests(mean, part.start, part.stop))
+    offset = layout.byte_offset(part.start)
+    edges = [[layout.byte_offset(chunk) - offset for chunk in block] for block in plan.blocks(part.start, part.stop)]
+    tree = MerkleTree([leaf_digest(mean[low:high]) for low, high in edges])
     mask = bytes([sum(1 << i for i in senders)])
     runs = [{"stop": part.stop, "included": mask}]
     key, group = world.keys[BAD], plan.group_id()
@@ -76,7 +78,7 @@ def honest_block(world: World, senders: tuple[int, ...] = (0, 1, 2)) -> dict[str
         payload = world.payloads[i]
         assert payload is not None
         openings[i] = (cut(payload, start, stop), MerkleTree(layout.chunk_digests(payload)).range_proof(start, stop))
-    proof = tree.range_proof(start - part.start, stop - part.start)
+    proof = tree.range_proof(0, 1)
     return {"result": result, "start": start, "stop": stop, "data": data, "proof": proof, "openings": openings}
 
 

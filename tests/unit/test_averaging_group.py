@@ -198,7 +198,9 @@ def test_reducers_take_turns_at_a_part() -> None:
     assert all(plan.reducer(part.index, 0) == part.reducer for part in plan.parts())
 
 
-@pytest.mark.parametrize(("size", "block", "batch"), [(2, 8, 128), (8, 8, 128), (16, 8, 64), (64, 4, 8), (256, 1, 1)])
+@pytest.mark.parametrize(
+    ("size", "block", "batch"), [(2, 8, 256), (4, 8, 256), (8, 8, 128), (16, 8, 64), (64, 4, 8), (256, 1, 1)]
+)
 def test_batches_are_whole_blocks_and_shrink_with_the_group(size: int, block: int, batch: int) -> None:
     members = tuple(member(i, root=bytes(32)) for i in range(size))
     plan = make_plan(members=members, layout=PayloadLayout([Section(name="v", num_elements=4096 * 999, codec="fp32")]))
