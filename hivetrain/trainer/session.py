@@ -103,16 +103,20 @@ class Session:
             logger.warning("swarm: not everyone ended within %.0f s: the last states may differ", timeout_s)
 
     def close(self) -> None:
-        """Leave the swarm within `CLOSE_TIMEOUT_S`; what does not end by itself is ended."""
+        """Leave the swarm within `CLOSE_TIMEOUT_S`, or until Ctrl-C; what has not ended by then is ended."""
         closer = threading.Thread(target=self._close, name="swarm-close", daemon=True)
         children = [*self._node.children(), *(self.optimizer.children() if self.optimizer is not None else ())]
         closer.start()
-        closer.join(CLOSE_TIMEOUT_S)
-        if closer.is_alive():
-            logger.warning("swarm: not left within %.0f s: its processes are ended", CLOSE_TIMEOUT_S)
-            for pid in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            closer.join(CLOSE_TIMEOUT_S)
+        finally:
+            if closer.is_alive():
+                waited_s = time.monotonic() - began
+                logger.warning("swarm: not left within %.0f s: its processes are ended", waited_s)
+                for pid in children:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
     def _close(self) -> None:
         for step in (self._board.close, self._end_optimizer, self._node.close):

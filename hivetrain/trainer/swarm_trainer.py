@@ -96,11 +96,12 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
         guard_exit()
         with self._interrupts.caught():
             try:
-                return super().train(*args, **kwargs)
-            except KeyboardInterrupt:
+                try:
+                    return super().train(*args, **kwargs)
+                finally:
+                    self._leave()
+            except KeyboardInterrupt:  # while leaving, too
                 raise SystemExit(130) from None
-            finally:
-                self._leave()
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """As in `Trainer`; refuses a run that would never step, before anything is connected."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -79,12 +80,19 @@ def fourth(up: Up) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_status_is_seen_from_another_terminal(up: Up) -> None:
-    shown = json.loads(hivetrain("status", "--json", "--dir", str(up.folder)))
+    def look() -> dict[str, Any]:
+        seen: dict[str, Any] = json.loads(hivetrain("status", "--json", "--dir", str(up.folder)))
+        return seen
+
+    def is_paid() -> bool:
+        return all((one["score"] or 0) > 0 and (one["weight"] or 0) > 0 for one in look()["neurons"][:3])
+
+    until(is_paid, "scores and weights of all three", 3 * ROUND_S, poll_s=1)
+    shown = look()
     assert shown["running"] is True
     assert shown["pid"] == up.process.pid
     assert [neuron["name"] for neuron in shown["neurons"]] == ["miner-1", "miner-2", "miner-3", "validator-1"]
     assert all(neuron["ready"] for neuron in shown["neurons"])
-    assert all(neuron["score"] > 0 and neuron["weight"] > 0 for neuron in shown["neurons"][:3])
 
 
 def test_a_killed_miner_is_left_out_of_its_round_and_back_in_a_later_one(
