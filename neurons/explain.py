@@ -112,7 +112,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         in_mean=hotkey in manifest.members,
         refused=refused,
     )
-    known = source.validators() | {manifest.leader}
+    known = source.validators(verify) | {manifest.leader}
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
         word = _word(source, record, hotkey, terms)
         word.leads = record.validator == manifest.leader

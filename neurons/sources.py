@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from hivetrain.averaging.layout import PayloadLayout
-from hivetrain.errors import ConfigError, HivetrainError, IntegrityError
+from hivetrain.errors import ConfigError, HivetrainError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubStore
 from hivetrain.hub.folder import FolderStore
 from hivetrain.identity import Verify
@@ -105,10 +105,15 @@ class Source:
             raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
         return ref
 
-    def validators(self) -> frozenset[str]:
+    def validators(self, verify: Verify) -> frozenset[str]:
         """Whom this place knows for validators: the leaders of its newest epochs, and those who were named."""
-        refs = (self.store.resolve(epoch) for epoch in self.store.epochs()[-MAX_LEADERS:])
-        return self.named | {ref.manifest.leader for ref in refs if ref is not None}
+        leaders = set()
+        for epoch in self.store.epochs()[-MAX_LEADERS:]:
+            try:
+                leaders.add(self.epoch(epoch, verify).manifest.leader)
+            except (ConfigError, HubNotFound, IntegrityError):  # a tag that nobody may follow
+                continue
+        return self.named | leaders
 
     def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
         """The validators' records of the round that made an epoch, and why some are refused, by validator.
@@ -120,7 +125,7 @@ class Source:
             HivetrainError: there is none that holds.
         """
         number = ref.manifest.round
-        known = self.validators() | {ref.manifest.leader}
+        known = self.validators(verify) | {ref.manifest.leader}
         records, refused = read_records(self.store, self.repo, number, verify, known)
         refused = {validator: why for validator, why in refused.items() if validator in known}
         records = [record for record in records if record.run_id == ref.manifest.run_id]

@@ -263,8 +263,10 @@ class Validator(LeadingNeuron):
         except ValueError as exc:  # something past the bounds of a record
             logger.exception("the checks of round %d cannot be published: %s", position.round, exc)
             return False
-        self._last_record = record
-        return self.records.put(record, files)
+        kept = self.records.put(record, files)
+        if kept:
+            self._last_record = record
+        return kept
 
     def _keep_scores(self, position: Position, scores: dict[str, Score | Unscored], shares: dict[str, float]) -> None:
         uids = {neuron.hotkey: neuron.uid for neuron in self.metagraph.neurons}

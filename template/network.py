@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -18,8 +17,6 @@ import uvloop
 from hivetrain.errors import ServiceError
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 END_S = 5.0
@@ -43,7 +40,6 @@ class NetworkThread:
         def main() -> None:
             loop = uvloop.new_event_loop()  # measured: a tenth of an all-reduce's CPU time less than asyncio's own
             asyncio.set_event_loop(loop)
-            loop.set_exception_handler(_tell)
             self._loop = loop
             loop.call_soon(started.set)
             try:
@@ -122,12 +118,3 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What a task of libp2p's left behind as its daemon or a peer went away is a line; anything else is a bug."""
-    exc = context.get("exception")
-    if isinstance(exc, OSError | EOFError) or type(exc).__module__.startswith("hivemind."):
-        logger.debug("network: %s: %r", context.get("message"), exc)
-    else:
-        loop.default_exception_handler(context)

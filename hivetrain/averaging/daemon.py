@@ -15,14 +15,14 @@ MAX_EARLY_BYTES = 256 << 10
 
 
 def hush_the_daemons_end(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler: that hivemind's reader lost its daemon is no news, `Swarm.alive` tells it.
+    """An event loop's exception handler: that hivemind lost its daemon is no news, `Swarm.alive` tells it.
 
-    Ctrl-C in a terminal ends the daemon before us, and the reader's task would leave a traceback behind.
+    Ctrl-C in a terminal ends the daemon before us, and whatever reads from it or writes to it would leave a traceback.
     """
     task, exc = context.get("future"), context.get("exception")
     coroutine = task.get_coro() if isinstance(task, asyncio.Task) else None
-    reads = getattr(coroutine, "__name__", "") == "_read_from_persistent_conn"
-    if reads and isinstance(exc, ConnectionError):
+    talks = getattr(coroutine, "__name__", "") in ("_read_from_persistent_conn", "_write_to_persistent_conn")
+    if talks and isinstance(exc, ConnectionError):
         logger.debug("swarm: the connection to our daemon ended: %r", exc)
     else:
         loop.default_exception_handler(context)

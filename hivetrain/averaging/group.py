@@ -126,7 +126,8 @@ class GroupPlan:
             raise ValueError(f"need 0 < send_deadline_s < deadline_s, got {self.send_deadline_s} and {self.deadline_s}")
         if not 0 < self.max_abs < math.inf:
             raise ValueError(f"max_abs must be finite and > 0, got {self.max_abs}")
-        largest = self.max_abs * sum(member.weight for member in self.members)
+        # Equal weights count as 1 each (`robust`).
+        largest = self.max_abs * max(sum(member.weight for member in self.members), len(self.members))
         if largest > MAX_WEIGHTED_SUM:
             raise ValueError(f"max_abs times all weights must be <= {MAX_WEIGHTED_SUM:g}, got {largest:g}")
         if self.stall_s is not None and not 0 < self.stall_s < math.inf:

@@ -205,11 +205,12 @@ class Opener:
         num_chunks = part.stop - part.start if state.member.sends else 0
         try:
             header = Contribution(part=part.index, rank=rank, first=first, num_chunks=num_chunks)
-            await stream.send(header.to_bytes(), more=num_chunks > 0)
+            batches = state.plan.batches(part)[first:] if state.payload is not None else []
+            await stream.send(header.to_bytes(), more=bool(batches))
             if state.tree is None or state.payload is None:
                 return True
             view = memoryview(state.payload)
-            for start, stop in state.plan.batches(part)[first:]:
+            for start, stop in batches:
                 batch = Batch(start=start, stop=stop, proof=state.tree.range_proof(start, stop))
                 await stream.send(batch.to_bytes(), more=True)
                 data = view[layout.byte_offset(start) : layout.byte_offset(stop)]

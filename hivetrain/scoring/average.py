@@ -73,7 +73,7 @@ class MovingAverage:
         except (ValidationError, OSError) as exc:
             raise ConfigError(
                 f"{self._path} does not hold a validator's scores ({exc.__class__.__name__}); "
-                "move it away to start from zero"
+                "move it away: the newest record that was published is gone on from"
             ) from exc
 
     def catch_up(self, state: AverageState) -> None:

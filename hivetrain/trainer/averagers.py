@@ -99,7 +99,13 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
     # In the averager's process
 
     async def _step(self, **kwargs: Any) -> None:
-        self._opening = self._opening or asyncio.create_task(self._open_lobby())
+        failed = (
+            self._opening is not None
+            and self._opening.done()
+            and (self._opening.cancelled() or self._opening.exception() is not None)
+        )
+        if self._opening is None or failed:
+            self._opening = asyncio.create_task(self._open_lobby())
         await super()._step(**kwargs)
 
     async def _shutdown(self, timeout: float | None) -> None:
@@ -200,7 +206,9 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             raise AllreduceException(f"the group has no mean: {exc}") from exc
         finally:
             await meeting.close()
-            self._running_groups[group_info.group_id].set_result(None)
+            running = self._running_groups.get(group_info.group_id)
+            if running is not None and not running.done():
+                running.set_result(None)
 
     # In ours
 

@@ -133,6 +133,7 @@ def _evidence(facts: Mapping[str, RoundFacts | Unscored]) -> dict[str, dict[str,
 class _Last(BaseModel):
     """Our newest record: it counts as put when this is on disk."""
 
+    run_id: str
     round: int
     sha256: str
     after: AverageState
@@ -166,6 +167,7 @@ class RecordsThread:
         self._closing = threading.Event()
         self._to_read: deque[int] = deque(maxlen=4)
         self._others: dict[int, list[RoundRecord]] = {}
+        self._run_id: str | None = None
         self._thread = threading.Thread(target=self._main, name="records", daemon=True)
 
     def start(self) -> None:
@@ -186,7 +188,11 @@ class RecordsThread:
         Raises:
             HubError: the hub does not answer.
         """
+        self._run_id = run_id
         here = self._last()
+        if here is not None and here.run_id != run_id:  # of a run before this one in the same folder
+            here = None
+            (self._folder / "last.json").unlink(missing_ok=True)
         unfinished = self._ready(here.round).with_suffix(".tmp") if here is not None else None
         if unfinished is not None and unfinished.is_dir():  # killed right after it counted as put
             unfinished.rename(unfinished.with_suffix(""))
@@ -194,7 +200,7 @@ class RecordsThread:
         if there is not None and (here is None or there.round > here.round):
             logger.info("taking up the averages of our record of round %d", there.round)
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._keep_last(_Last(round=there.round, sha256=there.sha256(), after=there.after))
+            self._keep_last(_Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after))
             return there.after
         return here.after if here is not None else None
 
@@ -219,7 +225,8 @@ class RecordsThread:
             }.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
-            self._keep_last(_Last(round=record.round, sha256=record.sha256(), after=record.after))
+            last = _Last(run_id=record.run_id, round=record.round, sha256=record.sha256(), after=record.after)
+            self._keep_last(last)
             temporary.rename(ready)
         except OSError as exc:
             logger.error("the checks of round %d cannot be kept: %s", record.round, exc)
@@ -309,7 +316,7 @@ class RecordsThread:
             for why in refused.values():
                 logger.warning("%s", why)
             self._others = {known: rows for known, rows in self._others.items() if known > number - 4}
-            self._others[number] = found
+            self._others[number] = [one for one in found if self._run_id in (None, one.run_id)]
 
 
 __all__ = ["RecordsThread", "build_record"]

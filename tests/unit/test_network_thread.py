@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections.abc import Iterator
 
@@ -134,23 +133,3 @@ def test_closing_twice_and_starting_again_work() -> None:
     thread.start()
     assert thread.run(where(), 5) == "network"
     thread.close()
-
-
-@pytest.mark.parametrize(("left_behind", "is_a_bug"), [(ConnectionResetError("lost"), False), (KeyError("x"), True)])
-def test_only_a_bug_in_what_nobody_waits_for_is_shown(
-    network: NetworkThread, caplog: pytest.LogCaptureFixture, left_behind: Exception, is_a_bug: bool
-) -> None:
-    async def fails() -> None:
-        raise left_behind
-
-    async def leave_behind() -> None:
-        task = asyncio.create_task(fails())
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert task.done()
-        del task
-        gc.collect()
-
-    network.run(leave_behind(), 5)
-    shown = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert bool(shown) is is_a_bug

@@ -154,7 +154,10 @@ def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, 
     saved = MovingAverage(tmp_path / "averages.json", SCORING)
     saved.load()
     assert saved.state == ledger.average.state
-    assert thread_of(store, tmp_path / "another run").recover("cc" * 32) is None
+    for where in (tmp_path / "another run", folder):
+        other = thread_of(store, where)
+        assert other.recover("cc" * 32) is None
+        assert other.previous(2) == ""
 
 
 def test_a_record_counts_as_put_as_soon_as_it_is_on_disk(store: Flaky, tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ async def _read_from_persistent_conn(error: Exception) -> None:
     raise error
 
 
+async def _write_to_persistent_conn(error: Exception) -> None:
+    raise error
+
+
 async def _anything_else(error: Exception) -> None:
     raise error
 
@@ -23,11 +27,12 @@ async def _anything_else(error: Exception) -> None:
     ("work", "error", "is_told"),
     [
         (_read_from_persistent_conn, ConnectionResetError(104, "reset"), False),
+        (_write_to_persistent_conn, ConnectionResetError("Connection lost"), False),
         (_read_from_persistent_conn, KeyError("a bug"), True),
         (_anything_else, ConnectionResetError(104, "reset"), True),
     ],
 )
-def test_only_the_reader_that_lost_its_daemon_is_not_reported(
+def test_only_who_talks_to_the_daemon_and_lost_it_is_not_reported(
     work, error: Exception, is_told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def leave_a_failed_task_behind() -> None:
