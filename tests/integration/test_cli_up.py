@@ -87,7 +87,7 @@ def test_a_good_run_ends_by_itself_with_status_0_and_writes_the_outcome(tmp_path
     assert report["scores"] == {"key-miner-1": {"gradient": 1.0, "steps": 1.0, "bandwidth": 0.5, "score": 0.85}}
     assert set(report["seconds"]) == {"genesis", "neurons_ready", "epochs", "total"}
     assert len(pids(folder)) == 6
-    assert not any(is_alive(pid) for pid in pids(folder))
+    until(lambda: not any(is_alive(pid) for pid in pids(folder)), "the end of every process")
     assert holder_pid(folder) is None
 
 
@@ -141,7 +141,7 @@ def test_a_run_that_publishes_nothing_ends_at_its_deadline(tmp_path: Path) -> No
     assert status == 1
     assert "failed: not done after 3 s (--timeout)" in text
     assert json.loads((tmp_path / "o").read_text())["epochs"] == []
-    assert not any(is_alive(pid) for pid in pids(tmp_path / "net"))
+    until(lambda: not any(is_alive(pid) for pid in pids(tmp_path / "net")), "the end of every process")
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_neuron_that_cannot_run_ends_the_run_with_its_last_words(
     assert status == 1
     assert "miner-1 ended with status 9, 5 times in a row" in text
     assert "out of memory" in text
-    assert not any(is_alive(pid) for pid in pids(tmp_path))
+    until(lambda: not any(is_alive(pid) for pid in pids(tmp_path)), "the end of every process")
 
 
 def test_the_live_screen_shows_neurons_and_the_falling_loss(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_ctrl_c_stops_everything_and_keeps_the_state(tmp_path: Path) -> None:
     assert process.returncode == 0, text
     assert text.splitlines()[-1].endswith(f"stopped, state kept in {tmp_path}")
     assert "Traceback" not in text
-    assert not any(is_alive(pid) for pid in pids(tmp_path))
+    until(lambda: not any(is_alive(pid) for pid in pids(tmp_path)), "the end of every process")
     kept = num_epochs(tmp_path)
     assert run_fake("good", options(tmp_path, num_epochs=1))[0] == 0
     assert num_epochs(tmp_path) > kept
