@@ -14,6 +14,7 @@ import asyncio
 import logging
 import multiprocessing
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         await super()._shutdown(timeout)
 
     async def _open_lobby(self) -> None:
-        look = self._matchmaking.look_for_group
+        # Of the class: a second try, after one that failed, must not wrap what the first one put in its place.
+        look = partial(type(self._matchmaking).look_for_group, self._matchmaking)
         self._matchmaking.look_for_group = lambda step: self._look_for_group(look, step)
         self._me = SessionKey()
         guest = Guest(
