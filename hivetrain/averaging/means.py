@@ -5,11 +5,11 @@ It is passed on in the same way from either: batches as soon as they are there, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from hivetrain.averaging.clock import Patience, Signal
-from hivetrain.averaging.codecs import Bytes, require_size
+from hivetrain.averaging.codecs import Bytes
 from hivetrain.averaging.group import GroupPlan, Part
 from hivetrain.averaging.messages import MeanBatch, Refusal, Result, receive
 from hivetrain.averaging.outcome import Link
@@ -17,7 +17,8 @@ from hivetrain.averaging.results import mask_runs
 from hivetrain.averaging.store import MeanStore
 from hivetrain.averaging.transport import Stream
 from hivetrain.errors import PeerFault
-from hivetrain.verification.merkle import MerkleTree, leaf_digest
+from hivetrain.run import CHUNK_ELEMENTS
+from hivetrain.verification.merkle import MerkleTree, leaf_digest, leaf_digests
 
 STALE = "stale"
 BOUND_SLACK = 1.01  # a mean of values within the bound may pass it by its rounding
@@ -61,25 +62,26 @@ class Mean:
         """Whether batch ``index`` is here; past the last one, the result."""
         return index < len(self.masks) or (index == len(self.batches) and self.result is not None)
 
-    def add(self, mask: bytes, data: Bytes | None = None) -> None:
-        """Keep the next batch: ``data``, or what was written to its `view`.
-
-        Raises:
-            PeerFault: TRUNCATED or OVERSIZED.
-        """
-        start, stop = self.batches[len(self.masks)]
-        view = self._store.view(start, stop)
-        if data is not None:
-            require_size(len(data), len(view), f"chunks [{start}, {stop})")
-            fault = self._store.put(start, stop, data, self._bound)
-        else:
-            fault = self._store.take_in(start, stop, self._bound)
-        base = self._plan.layout.byte_offset(start)
-        edges = [self._plan.layout.byte_offset(end) - base for _, end in self._plan.blocks(start, stop)]
-        self._digests += [leaf_digest(view[low:high]) for low, high in pairwise([0, *edges])]
-        self.unfit = self.unfit or fault
+    def add(self, mask: bytes, pieces: Iterable[Bytes] | None = None) -> None:
+        """Keep the next batch: ``pieces``, as the plan cuts it, or what was written to its `view`."""
+        means = iter(pieces or ())
+        for start, stop in self._plan.pieces(*self.batches[len(self.masks)]):
+            if pieces is None:
+                fault = self._store.take_in(start, stop, self._bound)
+            else:
+                fault = self._store.put(start, stop, next(means), self._bound)
+            self.unfit = self.unfit or fault
+            self._digests += self._block_digests(start, stop)
         self.masks.append(mask)
         self.grown.notify()
+
+    def _block_digests(self, start: int, stop: int) -> list[bytes]:
+        layout, view = self._plan.layout, self._store.view(start, stop)
+        spans = list(layout.spans(start, stop))
+        if len(spans) == 1:  # every block but the last has the same size
+            return leaf_digests(view, spans[0].codec.encoded_size(self._plan.block_chunks * CHUNK_ELEMENTS))
+        edges = [layout.byte_offset(end) - layout.byte_offset(start) for _, end in self._plan.blocks(start, stop)]
+        return [leaf_digest(view[low:high]) for low, high in pairwise([0, *edges])]
 
     def fits(self, result: Result) -> bool:
         """Whether ``result`` is signed over these very bytes and masks."""

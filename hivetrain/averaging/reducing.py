@@ -1,8 +1,8 @@
 """What a reducer computes, and what an auditor computes again. No network, no clock.
 
-A vector counts only as far as its encoded chunks hash to the root that its sender committed to. A batch of them is
-averaged block by block over the senders that are in, in the plan's order whatever order they arrived in, and encoded
-once, under a seed that everyone can derive.
+A vector counts only as far as its encoded chunks hash to the root that its sender committed to. They are averaged
+block by block over the senders that are in, in the plan's order whatever order they arrived in, and encoded once,
+under a seed that everyone can derive.
 
 Source: butterfly all-reduce as in Moshpit SGD, section 3, https://arxiv.org/abs/2103.03239
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hivetrain.averaging.codecs import Bytes
+from hivetrain.averaging.codecs import Bytes, require_size
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import require_sane
 from hivetrain.averaging.messages import Batch
@@ -23,14 +23,29 @@ from hivetrain.errors import Fault, PeerFault
 from hivetrain.verification.merkle import verify_range
 
 
-def decode_committed(plan: GroupPlan, sender: Member, header: Batch, data: Bytes) -> Tensor:
-    """Values of a sender's chunks (float32, shape [n]), checked against what it committed to.
+def decode_committed(plan: GroupPlan, sender: Member, header: Batch, data: Bytes) -> list[Tensor]:
+    """Values of a sender's chunks by piece (float32, shape [n] each), checked against what it committed to.
 
     Raises:
         PeerFault: TRUNCATED, OVERSIZED, NOT_COMMITTED, NOT_FINITE or OUT_OF_BOUND.
     """
-    check_committed(plan, sender, header, data)
-    return decode_sane(plan, header.start, header.stop, data)
+    layout, view = plan.layout, memoryview(data)
+    require_size(len(view), layout.range_bytes(header.start, header.stop), f"chunks [{header.start}, {header.stop})")
+    digests: list[bytes] = []
+    values: list[Tensor] = []
+    insane: PeerFault | None = None
+    for start, stop in plan.pieces(header.start, header.stop):
+        size = layout.range_bytes(start, stop)
+        digests += layout.chunk_digests(view[:size], start, stop)
+        try:
+            values.append(decode_sane(plan, start, stop, view[:size]))
+        except PeerFault as fault:
+            insane = insane or fault
+        view = view[size:]
+    _require_committed(plan, sender, header, digests)
+    if insane is not None:
+        raise insane
+    return values
 
 
 def check_committed(plan: GroupPlan, sender: Member, header: Batch, data: Bytes) -> None:
@@ -39,10 +54,11 @@ def check_committed(plan: GroupPlan, sender: Member, header: Batch, data: Bytes)
     Raises:
         PeerFault: TRUNCATED, OVERSIZED or NOT_COMMITTED.
     """
-    layout = plan.layout
-    digests = layout.chunk_digests(data, header.start, header.stop)
-    root = sender.root or b""
-    if not verify_range(root, layout.num_chunks, header.start, digests, header.proof):
+    _require_committed(plan, sender, header, plan.layout.chunk_digests(data, header.start, header.stop))
+
+
+def _require_committed(plan: GroupPlan, sender: Member, header: Batch, digests: Sequence[bytes]) -> None:
+    if not verify_range(sender.root or b"", plan.layout.num_chunks, header.start, digests, header.proof):
         raise PeerFault(
             Fault.NOT_COMMITTED, f"chunks [{header.start}, {header.stop}) are not what {sender.hotkey} committed to"
         )

@@ -11,7 +11,7 @@ import asyncio
 import enum
 import logging
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Sender:
     def __init__(self, member: Member, status: Status = Status.AWAITED) -> None:
         self.member = member
         self.status = status
-        self.inbox: deque[tuple[Tensor, bytearray]] = deque()  # values, and the memory that they may share
+        self.inbox: deque[tuple[list[Tensor], bytearray]] = deque()  # pieces, and memory that they may share
         self.delivered = 0  # batches, those already averaged included
         self.lost_at: float | None = None  # by `Clock.awake`
         self.size_bytes, self.seconds = 0, 0.0  # read, and waited for
@@ -99,25 +99,29 @@ class Reduction:
         return {hotkey for hotkey, sender in self._senders.items() if sender.status is not Status.OUT}
 
     async def _run(self) -> Mean:
-        state, seed = self._state, rounding_seed(self._state.group_id)
-        for index, (start, stop) in enumerate(self.mean.batches):
+        state = self._state
+        for index in range(len(self.mean.batches)):
             await self._gather(index)
             present = [sender for sender in self._senders.values() if sender.status is not Status.OUT]
             if not present:
                 self.mean.fail("nobody's vector is in")
                 raise GaveUp("nobody's vector is in", None)
             taken = [sender.inbox.popleft() for sender in present]
-            vectors, weights = [vector for vector, _ in taken], [sender.member.weight for sender in present]
-            data = reduce_chunks(state.plan, start, stop, vectors, weights, seed)
+            hotkeys, weights = {sender.member.hotkey for sender in present}, [s.member.weight for s in present]
+            means = self._means(index, [values for values, _ in taken], weights)
+            self.mean.add(pack_mask([m.hotkey in hotkeys for m in state.plan.members]), means)
             self._spare += [buffer for _, buffer in taken]
-            del taken, vectors
-            hotkeys = {sender.member.hotkey for sender in present}
-            self.mean.add(pack_mask([m.hotkey in hotkeys for m in state.plan.members]), data)
+            del taken, means
             await asyncio.sleep(0)
         runs = mask_runs(self.mean.batches, self.mean.masks)
         root = self.mean.tree.root
         self.mean.finish(sign_result(state.me, state.group_id, self._part.index, self._rank, runs, root))
         return self.mean
+
+    def _means(self, index: int, vectors: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> Iterator[bytes]:
+        plan, seed = self._state.plan, rounding_seed(self._state.group_id)
+        for place, piece in enumerate(plan.pieces(*self.mean.batches[index])):
+            yield reduce_chunks(plan, *piece, [pieces[place] for pieces in vectors], weights, seed)
 
     # Waiting
 
@@ -181,9 +185,14 @@ class Reduction:
             return
         start, stop = self.mean.batches[index]
         buffer, data = self._buffer(start, stop)
-        data[:] = memoryview(state.payload)[self._layout.byte_offset(start) : self._layout.byte_offset(stop)]
+        payload, base = memoryview(state.payload)[self._layout.byte_offset(start) :], self._layout.byte_offset(start)
         try:
-            sender.inbox.append((decode_sane(state.plan, start, stop, data), buffer))
+            values = []
+            for first, end in state.plan.pieces(start, stop):
+                own = slice(self._layout.byte_offset(first) - base, self._layout.byte_offset(end) - base)
+                data[own] = payload[own]
+                values.append(decode_sane(state.plan, first, end, data[own]))
+            sender.inbox.append((values, buffer))
             sender.delivered = index + 1
         except PeerFault as fault:
             self._put_out(sender, fault)
