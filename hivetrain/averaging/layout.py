@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -25,6 +26,7 @@ from hivetrain.errors import Fault, PeerFault
 from hivetrain.run import CHUNK_ELEMENTS
 from hivetrain.verification.merkle import leaf_digests
 
+CUTS_KEPT = 4096
 _ROUNDED = 1 - 2.0**-20  # more than a float32 square is rounded by
 
 
@@ -76,9 +78,13 @@ class PayloadLayout:
             raise ValueError(f"a layout needs sections of different names, got {names}")
         self._first_chunk = [0]
         self._first_byte = [0]
+        self._chunk_bytes: list[int] = []
         for section in self.sections:
+            codec = get_codec(section.codec)
             self._first_chunk.append(self._first_chunk[-1] + -(-section.num_elements // CHUNK_ELEMENTS))
-            self._first_byte.append(self._first_byte[-1] + get_codec(section.codec).encoded_size(section.num_elements))
+            self._first_byte.append(self._first_byte[-1] + codec.encoded_size(section.num_elements))
+            self._chunk_bytes.append(codec.encoded_size(CHUNK_ELEMENTS))
+        self._cuts: dict[tuple[int, int], tuple[Span, ...]] = {}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PayloadLayout) and self.sections == other.sections
@@ -105,31 +111,42 @@ class PayloadLayout:
         lines = [f"{section.name}\t{section.num_elements}\t{section.codec}" for section in self.sections]
         return hashlib.sha256("\n".join(("hivetrain-layout/1", str(CHUNK_ELEMENTS), *lines)).encode()).hexdigest()
 
-    def spans(self, start: int, stop: int) -> Iterator[Span]:
+    def spans(self, start: int, stop: int) -> tuple[Span, ...]:
         """The sections that chunks ``[start, stop)`` touch, in order.
 
         Raises:
             ValueError: the range is not inside ``[0, C]``.
         """
+        cut = self._cuts.get((start, stop))
+        if cut is None:
+            cut = self._cut(start, stop)
+            if len(self._cuts) >= CUTS_KEPT:
+                self._cuts.clear()
+            self._cuts[start, stop] = cut  # a round asks for each range many times over
+        return cut
+
+    def _cut(self, start: int, stop: int) -> tuple[Span, ...]:
         if not 0 <= start <= stop <= self.num_chunks:
             raise ValueError(f"chunks must lie in [0, {self.num_chunks}], got [{start}, {stop})")
+        spans = []
         for section, (first, end) in zip(self.sections, pairwise(self._first_chunk), strict=True):
             low, high = max(start, first), min(stop, end)
             if low < high:
-                yield Span(
+                span = Span(
                     section=section,
                     start=(low - first) * CHUNK_ELEMENTS,
                     stop=min((high - first) * CHUNK_ELEMENTS, section.num_elements),
                     first_chunk=low,
                 )
+                spans.append(span)
+        return tuple(spans)
 
     def byte_offset(self, chunk: int) -> int:
         """Where chunk ``chunk`` begins in the payload; ``byte_offset(C)`` is its end."""
-        for index, section in enumerate(self.sections):
-            if chunk < self._first_chunk[index + 1]:
-                whole = (chunk - self._first_chunk[index]) * CHUNK_ELEMENTS
-                return self._first_byte[index] + get_codec(section.codec).encoded_size(whole)
-        return self.size_bytes
+        index = bisect_right(self._first_chunk, chunk) - 1
+        if index == len(self.sections):
+            return self.size_bytes
+        return self._first_byte[index] + (chunk - self._first_chunk[index]) * self._chunk_bytes[index]
 
     def range_bytes(self, start: int, stop: int) -> int:
         """Encoded bytes of chunks ``[start, stop)``."""

@@ -77,7 +77,7 @@ class Mean:
 
     def _block_digests(self, start: int, stop: int) -> list[bytes]:
         layout, view = self._plan.layout, self._store.view(start, stop)
-        spans = list(layout.spans(start, stop))
+        spans = layout.spans(start, stop)
         if len(spans) == 1:  # every block but the last has the same size
             return leaf_digests(view, spans[0].codec.encoded_size(self._plan.block_chunks * CHUNK_ELEMENTS))
         edges = [layout.byte_offset(end) - layout.byte_offset(start) for _, end in self._plan.blocks(start, stop)]

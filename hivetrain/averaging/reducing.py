@@ -18,7 +18,7 @@ from hivetrain.averaging.codecs import Bytes, require_size
 from hivetrain.averaging.group import GroupPlan, Member
 from hivetrain.averaging.layout import require_sane
 from hivetrain.averaging.messages import Batch
-from hivetrain.averaging.robust import get_mean
+from hivetrain.averaging.robust import BLOCKWISE, get_mean
 from hivetrain.errors import Fault, PeerFault
 from hivetrain.verification.merkle import verify_range
 
@@ -83,14 +83,15 @@ def reduce_chunks(
     Sections are joined apart: in a norm over both, second moments would vanish beside the pseudo-gradient.
     """
     combine = get_mean(plan.mean)
+    ranges = plan.blocks(start, stop) if plan.mean in BLOCKWISE else [(start, stop)]
     pieces, position = [], 0
-    for first, end in plan.blocks(start, stop):
+    for first, end in ranges:
         for span in plan.layout.spans(first, end):
             edge = position + span.num_elements
             mean = combine([vector[position:edge] for vector in vectors], weights)
             pieces.append(span.codec.encode(mean, seed + span.first_chunk))
             position = edge
-    return b"".join(pieces)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def rounding_seed(group_id: str) -> int:

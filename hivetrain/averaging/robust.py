@@ -163,6 +163,8 @@ _MEANS: dict[str, Combine] = {
     "centered_clip": centered_clip,
 }
 MEAN_NAMES = tuple(_MEANS)
+BLOCKWISE = frozenset({"norm_bound", "centered_clip"})
+"""Those in which a value depends on its whole block; in the others on its coordinate alone."""
 
 
 def get_mean(name: str) -> Combine:
