@@ -101,7 +101,7 @@ def check_signature(ends: Ends, role: str, signature: bytes, verify: Verify) -> 
 async def open_handshake(
     stream: Stream, plan: GroupPlan, group_id: str, me: Identity, my_peer_id: str, peer: Member, verify: Verify
 ) -> None:
-    """The opener's half, towards ``peer``.
+    """The opener's half, towards ``peer``. Its last word travels with the first request, which must follow at once.
 
     Raises:
         LinkLost: the stream ended: it may not have begun this round yet.
@@ -124,7 +124,7 @@ async def open_handshake(
         acceptor_nonce=reply.nonce,
     )
     check_signature(ends, "acceptor", reply.signature, verify)
-    await stream.send(HelloConfirm(signature=me.sign(ends.message("opener"))).to_bytes())
+    await stream.send(HelloConfirm(signature=me.sign(ends.message("opener"))).to_bytes(), more=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -233,8 +233,9 @@ def require_sane(values: Tensor, max_abs: float) -> None:
     """
     array = values.numpy()  # numpy stays in this thread: a block is too small to wake torch's pool for
     # One fast look is enough for most: however a sum of squares is rounded, it is not below the largest of them.
-    if float(np.dot(array, array)) < max_abs * max_abs * _ROUNDED:
-        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if float(np.dot(array, array)) < max_abs * max_abs * _ROUNDED:
+            return
     largest = max(abs(float(array.min())), abs(float(array.max())))
     if not largest < math.inf:  # a NaN is its array's min and max
         raise PeerFault(Fault.NOT_FINITE, f"values must be finite, got {largest}")

@@ -302,7 +302,8 @@ def _other_mean(scene: Scene, mean: Mean) -> Mean:
     for index, mask in enumerate(mean.masks):
         data = bytearray(mean.view(index))
         data[: len(data) // 2] = bytes(len(data) // 2)
-        other.add(mask, bytes(data))
+        other.view(index)[:] = data
+        other.add(mask)
     key = world.keys[scene.bad]
     runs = mask_runs(other.batches, other.masks)
     assert mean.rank is not None
