@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from hivetrain.errors import HubNotFound
+from hivetrain.errors import HubNotFound, IntegrityError
+from hivetrain.hub.store import ArtefactReader
+from hivetrain.manifest import Ref
 from hivetrain.scoring import Score
 from hivetrain.scoring.explain import (
     EVIDENCE,
@@ -20,11 +22,16 @@ from hivetrain.scoring.explain import (
     tell,
 )
 from hivetrain.scoring.history import follow_back
-from hivetrain.scoring.published import read_records
+from hivetrain.scoring.published import BoundedReader, ReadLimit, read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
 from neurons.sources import PublishedTerms, Source
 from template.chain.keys import verify
+
+VALIDATOR_FILES, VALIDATOR_BYTES = 1024, 1 << 30
+"""What is read at most for one known validator's word: its chain, the measures that it names, its evidence."""
+STRANGER_FILES, STRANGER_BYTES = 256, 64 << 20
+"""What is read at most for the words of all strangers together: they are shown, and decide nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +41,7 @@ class ValidatorsWord:
     Attributes:
         lines: why, in words.
         problems: what in it does not hold for this miner.
+        unsure: what nobody can tell any more from what lies at the hub; no fault of this validator's by that.
         elsewhere: how much does not hold for other miners.
         known: whether it is known for a validator; a stranger's word is shown, and decides nothing.
     """
@@ -48,6 +56,7 @@ class ValidatorsWord:
     share: float
     lines: list[str]
     problems: list[str] = field(default_factory=list)
+    unsure: list[str] = field(default_factory=list)
     elsewhere: int = 0
 
 
@@ -66,7 +75,10 @@ class Explanation:
 
     @property
     def holds(self) -> bool:
-        """Whether every score of known validators is the recomputed one, and none of their records is forged."""
+        """Whether every score of known validators is the recomputed one, and none of their records is forged.
+
+        What nobody can tell any more contradicts nothing.
+        """
         return not self.refused and not any(word.problems for word in self.words if word.known)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +96,7 @@ class Explanation:
             found.append(f"validator {word.validator}{role}, record {word.record_sha256[:12]}")
             found += [f"  {line}" for line in word.lines]
             found += [f"  DIFFERS: {problem}" for problem in word.problems]
+            found += [f"  UNDETERMINED: {reason}" for reason in word.unsure]
             if word.elsewhere:
                 found.append(f"  note: {word.elsewhere} things do not hold for other miners")
             if not word.problems:
@@ -113,8 +126,12 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         refused=refused,
     )
     known = source.validators(verify) | {manifest.leader}
+    for_strangers = BoundedReader(source.store, max_files=STRANGER_FILES, max_bytes=STRANGER_BYTES)
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
-        word = _word(source, record, hotkey, terms)
+        reader = for_strangers
+        if record.validator in known:
+            reader = BoundedReader(source.store, max_files=VALIDATOR_FILES, max_bytes=VALIDATOR_BYTES)
+        word = _word(source, reader, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
         word.known = record.validator in known
         word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
@@ -124,9 +141,11 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
     return found
 
 
-def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerms) -> ValidatorsWord:
+def _word(
+    source: Source, reader: ArtefactReader, record: RoundRecord, hotkey: str, terms: PublishedTerms
+) -> ValidatorsWord:
     again = recompute(record, terms.recipe.scoring, verify)
-    base = source.store.resolve(record.epoch)
+    base = _base(source, record)
     found = [*again.problems, *against_recipe(record, terms, base)]
     said, score = record.miners[hotkey].published(), again.scores[hotkey]
     after = again.after.entries.get(hotkey)
@@ -145,19 +164,50 @@ def _word(source: Source, record: RoundRecord, hotkey: str, terms: PublishedTerm
     )
     if base is None:
         word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
-    measured = record.miners[hotkey].measures
-    before, _ = read_records(source.store, source.repo, record.round - 1, verify, measured, strangers=False)
-    word.problems += against_measures(record, hotkey, before)
-    word.problems += _unproved(source, record, hotkey)
-    chain = follow_back(source.store, source.repo, record, verify)
-    word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
-    word.problems += chain.problems
+    for look in (_measures, _evidence, _chain):
+        try:
+            look(reader, source.repo, record, hotkey, terms, word)
+        except ReadLimit as exc:
+            word.unsure.append(f"not everything that it names is read: {exc}")
     return word
 
 
-def _unproved(source: Source, record: RoundRecord, hotkey: str) -> list[str]:
-    """Faults that the record says are proved, and whose evidence does not prove them."""
-    found = []
+def _base(source: Source, record: RoundRecord) -> Ref | None:
+    """The epoch that it says it started from; None where nothing, or nothing that is an epoch, lies there."""
+    try:
+        return source.store.resolve(record.epoch)
+    except (HubNotFound, IntegrityError, ValueError):  # a record may name any epoch, and a tag hold anything
+        return None
+
+
+def _measures(
+    reader: ArtefactReader, repo: str, record: RoundRecord, hotkey: str, _: PublishedTerms, word: ValidatorsWord
+) -> None:
+    """Hold what it read of others' measures against what they published."""
+    measured = record.miners[hotkey].measures
+    before, _refused = read_records(reader, repo, record.round - 1, verify, measured, strangers=False)
+    false, unsure = against_measures(record, hotkey, before)
+    if unsure:  # whoever replaced its own record names the first one in its next
+        beside, _refused = read_records(reader, repo, record.round, verify, measured, strangers=False)
+        false, unsure = against_measures(record, hotkey, before, beside)
+    word.problems += false
+    word.unsure += unsure
+
+
+def _chain(
+    reader: ArtefactReader, repo: str, record: RoundRecord, hotkey: str, terms: PublishedTerms, word: ValidatorsWord
+) -> None:
+    """Follow the validator's records back."""
+    chain = follow_back(reader, repo, record, hotkey, terms.recipe.scoring, verify)
+    word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
+    word.problems += chain.problems
+    word.unsure += chain.unsure
+
+
+def _evidence(
+    reader: ArtefactReader, repo: str, record: RoundRecord, hotkey: str, _: PublishedTerms, word: ValidatorsWord
+) -> None:
+    """Look for faults that the record says are proved, and whose evidence does not prove them."""
     for check in record.miners[hotkey].checks:
         if check.fault is None or check.fault not in PROVEN:
             continue
@@ -166,11 +216,10 @@ def _unproved(source: Source, record: RoundRecord, hotkey: str) -> list[str]:
             if proof.hotkey == hotkey and proof.kind in EVIDENCE[check.fault]:
                 path = evidence_path(record.round, proof.sha256)
                 try:
-                    raw = source.store.read_artefact(source.repo, CHECKS_BRANCH, path, MAX_EVIDENCE_BYTES)
-                except HubNotFound:
+                    raw = reader.read_artefact(repo, CHECKS_BRANCH, path, MAX_EVIDENCE_BYTES)
+                except (HubNotFound, IntegrityError):
                     continue
                 if hashlib.sha256(raw).hexdigest() == proof.sha256:
                     files[proof.kind] = raw
         if not proves(check.fault, hotkey, files, verify):
-            found.append(f"{check.fault.value} is said, and what is published does not prove it")
-    return found
+            word.problems.append(f"{check.fault.value} is said, and what is published does not prove it")

@@ -53,7 +53,9 @@ class Validator(LeadingNeuron):
         self._last_record: RoundRecord | None = None
         folder, me = self.config.state_dir / "checks", self.identity.hotkey
         self.records = RecordsThread(self.store, repo, folder, me, verify, self.validators)
-        found = self._patiently(lambda: self.records.recover(self.run_id), f"check --hub.endpoint {self.hub_endpoint}")
+        now = self.position.round
+        fix = f"check --hub.endpoint {self.hub_endpoint}"
+        found = self._patiently(lambda: self.records.recover(self.run_id, now), fix)
         if found is not None:
             self.average.catch_up(found)
         self.records.start()
@@ -205,6 +207,7 @@ class Validator(LeadingNeuron):
             proven=proven_averages(seen, verify) | self.records.double_commits(self._last_record),
             measures=self.records.measures(position.round - 1, self._last_record),
         )
+        sources = self.records.sources(position.round - 1, self._last_record)
         self._last_record = None  # a second receipt is counted once
         scores = score_facts(facts, self.recipe.scoring)
         self.refresh_metagraph()
@@ -213,7 +216,7 @@ class Validator(LeadingNeuron):
         if before.last_round < position.round:  # else this round was scored before a restart
             counted = MovingAverage(None, self.recipe.scoring, before)
             counted.update(position.round, scores, registered)
-            if self._publish_checks(position, base, notes, facts, scores, before, counted, registered):
+            if self._publish_checks(position, base, notes, facts, scores, before, counted, registered, sources):
                 self.average.update(position.round, scores, registered)
             else:
                 logger.error("round %d is not counted: what cannot be published changes nobody's pay", position.round)
@@ -237,6 +240,7 @@ class Validator(LeadingNeuron):
         before: AverageState,
         counted: MovingAverage,
         registered: set[str],
+        sources: dict[str, str],
     ) -> bool:
         """Hand the round's record to the thread that uploads it; False where that cannot keep it."""
         try:
@@ -259,6 +263,7 @@ class Validator(LeadingNeuron):
                 registered=registered,
                 shares=counted.weights(),
                 previous=self.records.previous(before.last_round),
+                sources=sources,
             )
         except ValueError as exc:  # something past the bounds of a record
             logger.exception("the checks of round %d cannot be published: %s", position.round, exc)

@@ -137,6 +137,7 @@ class Ledger:
             registered=registered,
             shares=self.average.weights(),
             previous=self.records[-1].sha256() if self.records else "",
+            sources={one.validator: one.sha256() for one in others},
         )
         self.records.append(record)
         self.files.append(files)

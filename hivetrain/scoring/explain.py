@@ -63,6 +63,10 @@ def recompute(record: RoundRecord, scoring: Scoring, verify: Verify) -> Recomput
     if record.scoring_sha256 != scoring_sha256(scoring):
         problems.append(("", "scored under other settings than the recipe's"))
     average = MovingAverage(None, scoring, record.before)
+    longest = record.before.last_round + 1 + scoring.cooldown_rounds
+    for hotkey, entry in record.before.entries.items():
+        if max(entry.cooldown_until, entry.paid_from) > longest:
+            problems.append((hotkey, f"no wait before round {record.round} ends later than round {longest}"))
     for hotkey, miner in record.miners.items():
         problems += [(hotkey, problem) for problem in _miner_problems(record, hotkey, miner, average, scoring, verify)]
     scores = score_facts({hotkey: miner.facts() for hotkey, miner in record.miners.items()}, scoring)
@@ -181,18 +185,42 @@ def against_recipe(record: RoundRecord, terms: Terms, base: Ref | None) -> list[
     return problems
 
 
-def against_measures(record: RoundRecord, hotkey: str, before: Sequence[RoundRecord]) -> list[str]:
+def against_measures(
+    record: RoundRecord, hotkey: str, before: Sequence[RoundRecord], beside: Sequence[RoundRecord] = ()
+) -> tuple[list[str], list[str]]:
     """Measures of ``hotkey`` in a record that are not what those validators published.
 
     Args:
-        before: the validators' records of the round before that hold.
+        before: the validators' records of the round before, as they lie at the hub now; those that hold.
+        beside: their records of the record's own round: each names, as its previous, what its owner had published.
+
+    Returns:
+        What is false, and what nobody can tell any more, for the record that was read is not there.
     """
-    said = measures_of(one for one in before if (one.run_id, one.round) == (record.run_id, record.round - 1))
-    return [
-        f"{validator[:8]} published no such measure of it in round {record.round - 1}"
-        for validator, measure in record.miners[hotkey].measures.items()
-        if said.get(hotkey, {}).get(validator) != measure.measured()
-    ]
+    round_before = record.round - 1
+    held = {one.validator: one for one in before if (one.run_id, one.round) == (record.run_id, round_before)}
+    said = measures_of(held.values()).get(hotkey, {})
+    signed = {(one.validator, one.previous) for one in beside if one.run_id == record.run_id}
+    false: list[str] = []
+    unsure: list[str] = []
+    for validator, measure in record.miners[hotkey].measures.items():
+        if said.get(validator) == measure.measured():
+            continue
+        named, name, there = record.sources.get(validator, ""), validator[:8], held.get(validator)
+        whose = f"{name}'s record of round {round_before}, which it read as {named[:12]},"
+        if not named:
+            false.append(f"it has a measure of {name}'s, and names no record that it read it in")
+        elif validator == record.validator and named != record.previous:
+            false.append("its own measure is of another record than the one that it follows")
+        elif there is None:
+            unsure.append(f"{whose} is not at the hub any more")
+        elif there.sha256() == named:
+            false.append(f"{name} published no such measure of it in round {round_before}")
+        elif (validator, named) in signed:
+            unsure.append(f"{whose} was replaced by {name}: its next record names that one as the one before")
+        else:
+            unsure.append(f"{whose} is another one now: {name} signed two, or there never was that one")
+    return false, unsure
 
 
 def _unlike(

@@ -156,6 +156,8 @@ class RoundRecord(_Frozen):
         before, after: the moving averages around this round; ``gone``: whom the subnet no longer had.
         shares: what the averages make of the pay, by hotkey.
         previous: sha256 of this validator's last record, "" for its first; its ``after`` is this one's ``before``.
+        sources: sha256 of the records whose measures of the round before were taken in, by validator: whoever replaces
+            one of them afterwards makes nobody else a liar.
     """
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
@@ -174,6 +176,7 @@ class RoundRecord(_Frozen):
     shares: Annotated[dict[Hotkey, Unit], Field(max_length=4096)] = {}
     proofs: Annotated[tuple[Proof, ...], Field(max_length=MAX_PROOFS)] = ()
     previous: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    sources: Annotated[dict[Hotkey, Sha256], Field(max_length=4096)] = {}
     signature: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){0,128}$")] = ""
 
     def signed_bytes(self) -> bytes:

@@ -2,19 +2,21 @@
 
 A record is first written to disk, then its round is counted, then it is uploaded: an outage of the hub delays it, and
 neither loses a round nor changes a score. A round whose record the disk does not take is not counted, for the next
-record could not follow from it. Averages that were lost are taken from the newest record, here or on the hub. Two
-receipts that one miner signed for one round come to light here, when another validator's record holds another one than
-ours.
+record could not follow from it; one rename, of the folder that is uploaded, decides. Averages that were lost are taken
+from the newest record, here or on the hub. Two receipts that one miner signed for one round come to light here, when
+another validator's record holds another one than ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgpack
 from pydantic import BaseModel, ValidationError
@@ -74,8 +76,14 @@ def build_record(
     registered: set[str],
     shares: Mapping[str, float],
     previous: str,
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RoundRecord, dict[str, bytes]]:
-    """One round's record, signed, and the files of evidence by sha256."""
+    """One round's record, signed, and the files of evidence by sha256.
+
+    Args:
+        sources: sha256 of the records that measures could be taken from, by validator; those that were are named.
+    """
+    taken = {validator for one in facts.values() if isinstance(one, RoundFacts) for validator in one.measures}
     proofs, files = pack_evidence(_evidence(facts))
     miners = {
         hotkey: miner_record(
@@ -104,6 +112,7 @@ def build_record(
         shares=dict(shares),
         proofs=proofs,
         previous=previous,
+        sources={validator: digest for validator, digest in sources.items() if validator in taken},
     )
     return sign_record(record, identity), files
 
@@ -131,7 +140,7 @@ def _evidence(facts: Mapping[str, RoundFacts | Unscored]) -> dict[str, dict[str,
 
 
 class _Last(BaseModel):
-    """Our newest record: it counts as put when this is on disk."""
+    """Our newest record that was put: it lies ready for upload, or on the hub."""
 
     run_id: str
     round: int
@@ -168,6 +177,7 @@ class RecordsThread:
         self._to_read: deque[int] = deque(maxlen=4)
         self._others: dict[int, list[RoundRecord]] = {}
         self._run_id: str | None = None
+        self._newest: _Last | None = None
         self._thread = threading.Thread(target=self._main, name="records", daemon=True)
 
     def start(self) -> None:
@@ -182,31 +192,32 @@ class RecordsThread:
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
-    def recover(self, run_id: str) -> AverageState | None:
+    def recover(self, run_id: str, now: int) -> AverageState | None:
         """Where the averages stand by our newest record of the run, here or on the hub; None before the first.
+
+        Args:
+            now: the round under way.
 
         Raises:
             HubError: the hub does not answer.
         """
         self._run_id = run_id
-        here = self._last()
+        self._finish_put()
+        here = self._newest = self._last()
         if here is not None and here.run_id != run_id:  # of a run before this one in the same folder
-            here = None
+            here = self._newest = None
             (self._folder / "last.json").unlink(missing_ok=True)
-        unfinished = self._ready(here.round).with_suffix(".tmp") if here is not None else None
-        if unfinished is not None and unfinished.is_dir():  # killed right after it counted as put
-            unfinished.rename(unfinished.with_suffix(""))
-        there = last_record(self._store, self._repo, self._me, run_id, self._verify)
+        there = last_record(self._store, self._repo, self._me, run_id, self._verify, now=now)
         if there is not None and (here is None or there.round > here.round):
             logger.info("taking up the averages of our record of round %d", there.round)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._keep_last(_Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after))
+            self._write_last(_Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after))
+            self._count_last()
             return there.after
         return here.after if here is not None else None
 
     def previous(self, last_round: int) -> str:
         """Digest of the record that was put for ``last_round``; "" where the last one was of another round."""
-        last = self._last()
+        last = self._newest or self._last()
         return last.sha256 if last is not None and last.round == last_round else ""
 
     def put(self, record: RoundRecord, files: Mapping[str, bytes]) -> bool:
@@ -216,8 +227,9 @@ class RecordsThread:
             logger.error("the record of round %d has %d bytes, too many to publish", record.round, len(raw))
             return False
         ready = self._ready(record.round)
+        temporary = ready.with_suffix(".tmp")
+        last = _Last(run_id=record.run_id, round=record.round, sha256=record.sha256(), after=record.after)
         try:
-            temporary = ready.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             for name, content in {
                 record_path(record.round, self._me): raw,
@@ -225,28 +237,47 @@ class RecordsThread:
             }.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
-            last = _Last(run_id=record.run_id, round=record.round, sha256=record.sha256(), after=record.after)
-            self._keep_last(last)
-            temporary.rename(ready)
+            self._write_last(last)
+            temporary.rename(ready)  # it is put, whatever happens from here on
         except OSError as exc:
             logger.error("the checks of round %d cannot be kept: %s", record.round, exc)
+            shutil.rmtree(temporary, ignore_errors=True)
             return False
+        self._newest = last
+        try:
+            self._count_last()
+        except OSError as exc:
+            logger.warning("the checks of round %d are kept; only the note of it is not: %s", last.round, exc)
         self._wake.set()
         return True
 
     def _ready(self, round_number: int) -> Path:
         return self._folder / f"round-{round_number:015d}"
 
-    def _last(self) -> _Last | None:
+    def _last(self, name: str = "last.json") -> _Last | None:
         try:
-            return _Last.model_validate_json((self._folder / "last.json").read_bytes())
+            return _Last.model_validate_json((self._folder / name).read_bytes())
         except (OSError, ValidationError):
             return None
 
-    def _keep_last(self, last: _Last) -> None:
-        temporary = self._folder / "last.tmp"
-        temporary.write_text(last.model_dump_json())
-        temporary.replace(self._folder / "last.json")
+    def _write_last(self, last: _Last) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "last.tmp").write_text(last.model_dump_json())
+
+    def _count_last(self) -> None:
+        (self._folder / "last.tmp").replace(self._folder / "last.json")
+
+    def _finish_put(self) -> None:
+        """Count the record that lies ready, and whose put was cut off before it was counted."""
+        written = self._last("last.tmp")
+        if written is None:
+            return
+        try:
+            raw = (self._ready(written.round) / record_path(written.round, self._me)).read_bytes()
+        except OSError:
+            return
+        if hashlib.sha256(raw).hexdigest() == written.sha256:
+            self._count_last()
 
     def look_at(self, round_number: int) -> None:
         """Read the other validators' records of that round, some time soon."""
@@ -261,6 +292,11 @@ class RecordsThread:
         """What was published of that round's sending, by miner, by validator; of ours, if that is of that round."""
         mine = [ours] if ours is not None and ours.round == round_number else []
         return measures_of([*mine, *self.others(round_number)])
+
+    def sources(self, round_number: int, ours: RoundRecord | None) -> dict[str, str]:
+        """Digests of the records that `measures` reads, by validator."""
+        mine = [ours] if ours is not None and ours.round == round_number else []
+        return {one.validator: one.sha256() for one in [*mine, *self.others(round_number)]}
 
     def double_commits(self, ours: RoundRecord | None) -> dict[str, CheckResult]:
         """Who signed another receipt for the round of ``ours`` than the one that we hold, with both as evidence."""

@@ -9,9 +9,10 @@ from hivetrain.scoring import AverageState, MovingAverage
 from hivetrain.scoring.history import Chain, follow_back, last_record
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, record_path, sign_record
 from tests.keys import verify
-from tests.records_kit import RUN_ID, SCORING, SECOND, VALIDATOR, Ledger
+from tests.records_kit import MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, Ledger
 
 REPO = "a/b"
+ONE = MINERS[0].hotkey
 
 
 @pytest.fixture
@@ -25,12 +26,19 @@ def put(store: MemoryStore, *records: RoundRecord) -> None:
 
 
 def chain(store: MemoryStore, record: RoundRecord) -> Chain:
-    return follow_back(store, REPO, record, verify)
+    return follow_back(store, REPO, record, ONE, SCORING, verify)
 
 
 def problem(store: MemoryStore, record: RoundRecord) -> str:
-    (found,) = chain(store, record).problems
-    return found
+    found = chain(store, record)
+    assert (len(found.problems), found.unsure) == (1, ())
+    return found.problems[0]
+
+
+def untold(store: MemoryStore, record: RoundRecord) -> str:
+    found = chain(store, record)
+    assert (found.problems, len(found.unsure)) == ((), 1)
+    return found.unsure[0]
 
 
 def signed(record: RoundRecord, **changes: object) -> RoundRecord:
@@ -125,9 +133,9 @@ def test_what_strangers_put_under_its_name_and_other_runs_break_no_chain(store: 
 
 
 def test_the_newest_record_of_a_run_is_found(store: MemoryStore) -> None:
-    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify) is None
+    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=9) is None
     records = history(store, Ledger(), range(3))
     history(store, Ledger(SECOND), range(6))
     store.publish_artefacts(REPO, CHECKS_BRANCH, {record_path(9, VALIDATOR.hotkey): b"junk"})
-    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify) == records[-1]
-    assert last_record(store, REPO, VALIDATOR.hotkey, "cc" * 32, verify) is None
+    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=9) == records[-1]
+    assert last_record(store, REPO, VALIDATOR.hotkey, "cc" * 32, verify, now=9) is None

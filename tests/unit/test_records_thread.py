@@ -21,6 +21,7 @@ from tests.records_kit import FAST, MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, 
 
 REPO = "run/model"
 THREE = MINERS[2].hotkey
+NOW = 9
 
 
 class Flaky(MemoryStore):
@@ -133,20 +134,20 @@ def test_a_disk_that_takes_nothing_keeps_no_record_and_says_so(store: Flaky, tmp
     thread = thread_of(store, tmp_path / "file")  # a file where the folder should be
     assert not thread.put(Ledger().round(0), {})
     assert thread.previous(0) == ""
-    assert thread.recover(RUN_ID) is None
+    assert thread.recover(RUN_ID, NOW) is None
 
 
 def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, tmp_path: Path) -> None:
     ledger, folder = Ledger(), tmp_path / "checks"
     first = thread_of(store, folder)
-    assert first.recover(RUN_ID) is None
+    assert first.recover(RUN_ID, NOW) is None
     for number in range(3):
         first.put(ledger.round(number), {})
     first.start()
     first.close()
     for where in (folder, tmp_path / "another machine"):  # killed before the averages were saved, and all of it lost
         again = thread_of(store, where)
-        assert again.recover(RUN_ID) == ledger.average.state
+        assert again.recover(RUN_ID, NOW) == ledger.average.state
         assert again.previous(2) == ledger.records[2].sha256()
     average = MovingAverage(tmp_path / "averages.json", SCORING)
     average.catch_up(ledger.average.state)
@@ -156,7 +157,7 @@ def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, 
     assert saved.state == ledger.average.state
     for where in (tmp_path / "another run", folder):
         other = thread_of(store, where)
-        assert other.recover("cc" * 32) is None
+        assert other.recover("cc" * 32, NOW) is None
         assert other.previous(2) == ""
 
 
@@ -166,7 +167,7 @@ def test_a_record_counts_as_put_as_soon_as_it_is_on_disk(store: Flaky, tmp_path:
     (ready,) = tmp_path.glob("round-*")
     ready.rename(ready.with_suffix(".tmp"))  # what a kill leaves right before the record is ready
     again = thread_of(store, tmp_path)
-    assert again.recover(RUN_ID) == ledger.average.state
+    assert again.recover(RUN_ID, NOW) == ledger.average.state
     again.start()
     again.close()
     assert published(store) == [record_path(0, VALIDATOR.hotkey)]
