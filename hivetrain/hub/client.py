@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -39,6 +40,9 @@ SNAPSHOT_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 FORBIDDEN_PATTERNS = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 """Never downloaded, whatever the caller asks for: code, and formats that can hold pickles."""
 
+LOOK_AGAIN_S = 1.0
+"""How long a tag must have been seen before a commit without a manifest tells anything: a hub may show a tag first."""
+
 _STAGING = "staging-"
 
 logger = logging.getLogger(__name__)
@@ -49,11 +53,26 @@ class HubStore:
 
     Each epoch is one commit on a staging branch that is cut from the repository's first commit, is tagged, and
     then loses the branch. So an epoch's history holds no other epoch, and deleting its tag frees its space.
+
+    Args:
+        clock, sleep: in seconds; for the second look at a tag that seems to hold nothing.
     """
 
-    def __init__(self, *, endpoint: str, repo: str, token: str | None = None, timeout_s: float = 60) -> None:
+    def __init__(
+        self,
+        *,
+        endpoint: str,
+        repo: str,
+        token: str | None = None,
+        timeout_s: float = 60,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._remote = RemoteRepo(endpoint, "model", repo, token, timeout_s)
         self._first_commit = ""
+        self._clock = clock
+        self._sleep = sleep
+        self._tagged_since: dict[str, float] = {}  # commits that `clear` saw tagged, and since when
 
     def publish(
         self, manifest: Manifest, files: Mapping[str, bytes | Path], before_tag: Callable[[], None] = always
@@ -184,11 +203,13 @@ class HubStore:
         return self._remote.retry(lambda: self._clear_once(epoch, why_false))
 
     def _clear_once(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
-        commit = self._tags().get(epoch)
+        tags, now = self._tags(), self._clock()
+        self._tagged_since = {commit: self._tagged_since.get(commit, now) for commit in tags.values()}
+        commit = tags.get(epoch)
         if commit is None:
             return None
         try:
-            raw = self._remote.read(commit, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            raw = self._read_manifest(commit, self._tagged_since[commit] + LOOK_AGAIN_S)
             why = why_false(make_ref(epoch, commit, raw).manifest)
         except (IntegrityError, HubNotFound) as exc:
             why = str(exc)
@@ -197,6 +218,20 @@ class HubStore:
             with contextlib.suppress(HubNotFound):
                 self._remote.delete_tag(epoch_tag(epoch))
         return why
+
+    def _read_manifest(self, commit: str, sure_at: float) -> bytes:
+        """A commit's manifest; where there is none before ``sure_at``, once more then.
+
+        All tags wait for it together: many false ones hold a publisher up no longer than one.
+        """
+        try:
+            return self._remote.read(commit, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        except HubNotFound:
+            left_s = sure_at - self._clock()
+            if left_s <= 0:
+                raise
+        self._sleep(left_s)
+        return self._remote.read(commit, MANIFEST_NAME, MAX_MANIFEST_BYTES)
 
     def prune(self, keep: int, base_epoch: Callable[[int], int] = genesis_base, newest: int | None = None) -> list[int]:
         """See `ModelStore.prune`. The production hub itself decides when it gives the space back."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hivetrain.errors import HubConflict, HubNotFound, IntegrityError
-from hivetrain.hub.client import HubStore
+from hivetrain.hub.client import LOOK_AGAIN_S, HubStore
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import MANIFEST_NAME, Ref
 from tests.hub_fixture import HubProcess, make_manifest, running_hub
@@ -250,6 +250,48 @@ def test_a_tag_without_a_manifest_is_cleared_unasked(hub: HubProcess) -> None:
     for epoch, words in ((1, "manifest.json"), (2, "holds the manifest of epoch 0")):
         assert words in (store.clear(epoch, lambda manifest: None) or "")
     assert store.epochs() == [0]
+
+
+class Patience:
+    """A clock that only waiting moves on; what is due happens meanwhile."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+        self.meanwhile()
+
+
+def test_a_tag_whose_manifest_the_hub_does_not_show_yet_is_looked_at_twice(
+    hub: HubProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of them wait at once: many false tags hold nobody up for long."""
+    patience = Patience()
+    repo = f"run/model-{next(_numbers)}"
+    store = HubStore(endpoint=hub.url, repo=repo, clock=lambda: patience.now, sleep=patience.sleep)
+    late = store.publish(make_manifest(1, {}), {})
+    hidden = {late.commit}
+    read = store._remote.read
+
+    def lagging(revision: str, path: str, max_bytes: int) -> bytes:
+        if revision in hidden:
+            raise HubNotFound(f"no {path} at {revision}")
+        return read(revision, path, max_bytes)
+
+    monkeypatch.setattr(store._remote, "read", lagging)
+    patience.meanwhile = hidden.clear
+    assert store.clear(1, lambda manifest: None) is None
+    assert (store.epochs(), patience.waits) == ([1], [LOOK_AGAIN_S])
+    patience.waits.clear()
+    false = [store.publish(make_manifest(epoch, {}), {}).commit for epoch in (2, 3, 4)]
+    hidden.update(false)
+    patience.meanwhile = lambda: None
+    assert all("manifest.json" in (store.clear(epoch, lambda manifest: None) or "") for epoch in (2, 3, 4))
+    assert (store.epochs(), patience.waits) == ([1], [LOOK_AGAIN_S])
 
 
 def test_prune_of_everything_is_refused(store: Store) -> None:

@@ -213,14 +213,63 @@ def test_the_median_of_the_validators_measures_is_computed_again_from_what_they_
     score = record.miners[ONE].score
     assert score is not None
     assert score.bandwidth == pytest.approx((0.8 + 0.4) / 2)
-    assert against_measures(record, ONE, before) == []
+    assert against_measures(record, ONE, before) == ([], [])
+    assert record.sources == {one.validator: one.sha256() for one in before}
     told = "\n".join(tell(record, ONE, recompute(record, SCORING, verify)))
     assert "10000000 bytes in 8.000 s, in time" in told
     assert "median of what 2 validators published" in told
-    said = f"{SECOND.hotkey[:8]} published no such measure of it in round 0"
-    for other in ([], [theirs.round(1)], [Ledger(SECOND).round(0)]):
-        assert against_measures(record, ONE, [before[0], *other]) == [said]
     assert "the facts give" in problems(lying(record, ONE, measures={}), ONE)
+
+
+def measured_twice() -> tuple[RoundRecord, list[RoundRecord], Ledger]:
+    """A record of round 1 that took two validators' measures in; those of round 0; and the other one's ledger."""
+    ours, theirs = Ledger(), Ledger(SECOND)
+    before = [ours.round(0), theirs.round(0, bandwidth=Bandwidth(size_bytes=10_000_000, seconds=8.0, in_time=True))]
+    return ours.round(1, others=before), before, theirs
+
+
+def test_who_replaces_or_takes_away_its_record_makes_nobody_else_a_liar() -> None:
+    record, (mine, other), theirs = measured_twice()
+    name = f"{SECOND.hotkey[:8]}'s record of round 0, which it read as {other.sha256()[:12]},"
+    replaced, following = Ledger(SECOND).round(0), theirs.round(1)
+    assert following.previous == other.sha256() != replaced.sha256()
+    said = f"{name} is another one now: {SECOND.hotkey[:8]} signed two, or there never was that one"
+    assert against_measures(record, ONE, [mine, replaced]) == ([], [said])
+    said = f"{name} was replaced by {SECOND.hotkey[:8]}: its next record names that one as the one before"
+    assert against_measures(record, ONE, [mine, replaced], [following]) == ([], [said])
+    for gone in ([], [following], [replaced.model_copy(update={"run_id": "cc" * 32})]):
+        assert against_measures(record, ONE, [mine, *gone]) == ([], [f"{name} is not at the hub any more"])
+
+
+def test_a_measure_that_its_validator_never_published_is_found() -> None:
+    record, (mine, other), _ = measured_twice()
+    faster = {name: one.model_copy(update={"seconds": 1.0}) for name, one in record.miners[ONE].measures.items()}
+    for whose, words in (
+        (SECOND.hotkey, f"{SECOND.hotkey[:8]} published no such measure of it in round 0"),
+        (VALIDATOR.hotkey, f"{VALIDATOR.hotkey[:8]} published no such measure of it in round 0"),
+    ):
+        measures = {**record.miners[ONE].measures, whose: faster[whose]}
+        assert against_measures(lying(record, ONE, measures=measures), ONE, [mine, other]) == ([words], [])
+    made_up = lying(record, ONE, measures=faster)
+    unnamed = resigned(made_up, sources={VALIDATOR.hotkey: "ab" * 32})
+    assert against_measures(unnamed, ONE, [mine, other])[0] == [
+        words
+        for validator in record.miners[ONE].measures
+        for words in (
+            ["its own measure is of another record than the one that it follows"]
+            if validator == VALIDATOR.hotkey
+            else [f"it has a measure of {SECOND.hotkey[:8]}'s, and names no record that it read it in"]
+        )
+    ]
+
+
+def test_a_wait_that_no_cooldown_gives_is_found(ledger: Ledger) -> None:
+    ledger.round(0)
+    record = ledger.round(1)
+    for field, until in (("cooldown_until", 1 + SCORING.cooldown_rounds), ("paid_from", 1 << 40)):
+        entry = record.before.entries[ONE].model_copy(update={field: until})
+        before = record.before.model_copy(update={"entries": {**record.before.entries, ONE: entry}})
+        assert ("no wait before round 1" in problems(resigned(record, before=before), ONE)) == (until > 1 << 30)
 
 
 def test_who_did_not_take_part_has_no_rate() -> None:

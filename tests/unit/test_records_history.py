@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from hivetrain.errors import IntegrityError
 from hivetrain.hub.memory import MemoryStore
-from hivetrain.scoring import AverageState, MovingAverage
-from hivetrain.scoring.history import Chain, follow_back, last_record
+from hivetrain.scoring import AverageState, MovingAverage, Unscored
+from hivetrain.scoring import history as history_module
+from hivetrain.scoring.history import MAX_AHEAD, Chain, follow_back, last_record
+from hivetrain.scoring.published import BoundedReader
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, record_path, sign_record
 from tests.keys import verify
 from tests.records_kit import MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, Ledger
@@ -83,20 +86,82 @@ def test_a_record_that_names_none_before_begins_at_zero(store: MemoryStore) -> N
     assert "does not begin at zero" in problem(store, history(store, ledger, range(3, 4))[0])
 
 
-def test_a_record_before_that_is_missing_forged_or_another_is_found(store: MemoryStore) -> None:
-    ledger = Ledger()
-    records = history(store, ledger, range(4))
-    for other, words in (
-        (signed(records[1], coins="ee" * 32), "the record before is"),
-        (records[1].model_copy(update={"coins": "ee" * 32}), "forged"),
-    ):
-        put(store, other)
-        assert words in problem(store, records[3])
+def test_a_record_that_its_validator_replaced_is_its_own_fault(store: MemoryStore) -> None:
+    records = history(store, Ledger(), range(4))
+    put(store, signed(records[1], coins="ee" * 32))
+    assert "the record before is" in problem(store, records[3])
     put(store, records[1])
-    assert chain(store, records[3]).problems == ()
+    assert chain(store, records[3]) == Chain(length=3, first=0, problems=())
+
+
+def test_a_record_that_anybody_may_have_taken_away_or_written_over_is_nobodys_fault(store: MemoryStore) -> None:
+    records = history(store, Ledger(), range(4))
+    where = "its record of round 1, which that of round 2 follows, is"
+    put(store, records[1].model_copy(update={"coins": "ee" * 32}))
+    assert untold(store, records[3]).startswith(f"{where} not at the hub, something else is (")
+    store.publish_artefacts(REPO, CHECKS_BRANCH, {record_path(1, VALIDATOR.hotkey): b"junk"})
+    assert untold(store, records[3]).startswith(f"{where} not at the hub, something else is (")
     hidden = MemoryStore()
-    put(hidden, *records[2:])
-    assert problem(hidden, records[3]) == "its record of round 1, which that of round 2 follows, is not there"
+    put(hidden, records[0], *records[2:])
+    assert untold(hidden, records[3]) == f"{where} missing at the hub: the chain cannot be followed past it"
+    assert chain(hidden, records[3]).first == 2
+
+
+class Counting(MemoryStore):
+    """Counts what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_read = 0
+
+    def read_artefact(self, repo: str, branch: str, path: str, max_bytes: int = 1 << 26) -> bytes:
+        self.num_read += 1
+        return super().read_artefact(repo, branch, path, max_bytes)
+
+
+def test_a_chain_is_followed_as_far_as_its_beginning_is_felt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "EPSILON", 0.05)  # 0.7 ** 9 is below it
+    counting, ledger = Counting(), Ledger()
+    last = history(counting, ledger, range(30))[-1]
+    assert chain(counting, last) == Chain(length=8, first=21, problems=())
+    assert counting.num_read == 8
+    hidden = {record_path(20, VALIDATOR.hotkey): b"junk"}
+    counting.publish_artefacts(REPO, CHECKS_BRANCH, hidden)
+    assert chain(counting, last).unsure == ()
+    for _ in range(12):  # rounds in which it was not scored leave what came before
+        ledger.round(len(ledger.records), missing={ONE: Unscored(why="our line was down")})
+    put(counting, *ledger.records[30:])
+    assert chain(counting, ledger.records[-1]).first == 21
+
+
+def test_a_chain_without_end_is_followed_so_many_records_and_no_more(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "MAX_CHAIN", 3)
+    last = history(store, Ledger(), range(6))[-1]
+    assert untold(store, last) == (
+        "its record of round 1, which that of round 2 follows, is not read any more: 3 before this one are"
+    )
+
+
+def test_a_reader_that_has_read_enough_tells_nothing_of_the_rest() -> None:
+    counting = Counting()
+    records = history(counting, Ledger(), range(6))
+    size = len(records[0].to_bytes())
+    for max_files, max_bytes in ((3, 1 << 30), (100, 7 * size // 2)):
+        reader = BoundedReader(counting, max_files=max_files, max_bytes=max_bytes)
+        counting.num_read = 0
+        found = follow_back(reader, REPO, records[-1], ONE, SCORING, verify)
+        assert (found.problems, len(found.unsure)) == ((), 1)
+        assert "and no more" in found.unsure[0]
+        assert (found.length, counting.num_read <= 4) == (3, True)
+    reader = BoundedReader(counting, max_files=5, max_bytes=1 << 30)
+    junk = {record_path(3, VALIDATOR.hotkey): b"junk"}
+    counting.publish_artefacts(REPO, CHECKS_BRANCH, junk)
+    late = history(MemoryStore(), Ledger(SECOND), range(1))[0]
+    assert follow_back(reader, REPO, late, ONE, SCORING, verify) == Chain(length=0, first=0, problems=())
+    with pytest.raises(IntegrityError, match="limit"):
+        reader.read_artefact(REPO, CHECKS_BRANCH, record_path(0, VALIDATOR.hotkey), size // 2)
 
 
 def test_averages_that_are_not_those_of_the_record_before_are_found(store: MemoryStore) -> None:
@@ -130,6 +195,23 @@ def test_what_strangers_put_under_its_name_and_other_runs_break_no_chain(store: 
     assert chain(store, records[-1]).problems == ()
     follower = signed(ledger.round(7), run_id="cc" * 32)
     assert problem(store, follower) == "the record of round 6 is of another run"
+
+
+def test_no_junk_ahead_hides_the_newest_record(store: MemoryStore) -> None:
+    records = history(store, Ledger(), range(3))
+    rounds = [*range(3, 120), *range(10_000, 10_100)]
+    junk = {record_path(number, VALIDATOR.hotkey): b"junk" for number in rounds}
+    store.publish_artefacts(REPO, CHECKS_BRANCH, junk)
+    counting = Counting()
+    counting.publish_artefacts(REPO, CHECKS_BRANCH, junk | {record_path(2, VALIDATOR.hotkey): records[2].to_bytes()})
+    assert last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=4) == records[-1]
+    assert counting.num_read == 4 + MAX_AHEAD - 1  # none of those that are far ahead
+    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=200) == records[-1]
+    late = signed(records[2], round=150)  # a block that lags behind hides none of our own
+    put(store, late)
+    assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=100) == late
+    beside = history(store, Ledger(), range(3))
+    assert chain(store, beside[-1]).problems == ()
 
 
 def test_the_newest_record_of_a_run_is_found(store: MemoryStore) -> None:

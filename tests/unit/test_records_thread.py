@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -161,16 +162,56 @@ def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, 
         assert other.previous(2) == ""
 
 
-def test_a_record_counts_as_put_as_soon_as_it_is_on_disk(store: Flaky, tmp_path: Path) -> None:
-    ledger, thread = Ledger(), thread_of(store, tmp_path)
+def cut_off(tmp_path: Path) -> tuple[Ledger, Path]:
+    """Two records that were put, the second one cut off before it was counted; and where that lies."""
+    ledger = Ledger()
+    thread = thread_of(Flaky(), tmp_path)
     thread.put(ledger.round(0), {})
-    (ready,) = tmp_path.glob("round-*")
-    ready.rename(ready.with_suffix(".tmp"))  # what a kill leaves right before the record is ready
+    counted = (tmp_path / "last.json").read_bytes()
+    thread.put(ledger.round(1), {})
+    (tmp_path / "last.json").rename(tmp_path / "last.tmp")
+    (tmp_path / "last.json").write_bytes(counted)
+    return ledger, max(tmp_path.glob("round-*"))
+
+
+def test_a_record_is_put_as_soon_as_it_lies_ready(store: Flaky, tmp_path: Path) -> None:
+    ledger, _ = cut_off(tmp_path)
     again = thread_of(store, tmp_path)
-    assert again.recover(RUN_ID, NOW) == ledger.average.state
+    assert again.recover(RUN_ID, NOW) == ledger.records[1].after
+    assert again.previous(1) == ledger.records[1].sha256()
     again.start()
     again.close()
-    assert published(store) == [record_path(0, VALIDATOR.hotkey)]
+    assert published(store) == [record_path(number, VALIDATOR.hotkey) for number in (0, 1)]
+
+
+def test_a_record_that_does_not_lie_ready_was_never_put(store: Flaky, tmp_path: Path) -> None:
+    ledger, ready = cut_off(tmp_path)
+    (ready / record_path(1, VALIDATOR.hotkey)).write_bytes(b"of another put")
+    assert thread_of(store, tmp_path).recover(RUN_ID, NOW) == ledger.records[0].after
+    ready.rename(ready.with_suffix(".tmp"))
+    again = thread_of(store, tmp_path)
+    assert again.recover(RUN_ID, NOW) == ledger.records[0].after
+    assert (again.previous(0), again.previous(1)) == (ledger.records[0].sha256(), "")
+
+
+@pytest.mark.parametrize(("failing", "put"), [("round-000000000000001", False), ("last.json", True)])
+def test_the_rename_that_makes_a_record_ready_decides_whether_it_is_put(
+    store: Flaky, tmp_path: Path, failing: str, put: bool
+) -> None:
+    ledger, thread = Ledger(), thread_of(store, tmp_path)
+    assert thread.put(ledger.round(0), {})
+    blocked = tmp_path / failing
+    kept = blocked.read_bytes() if blocked.is_file() else None
+    blocked.unlink(missing_ok=True)
+    (blocked / "in the way").mkdir(parents=True)
+    assert thread.put(ledger.round(1), {}) == put
+    assert thread.previous(1) == (ledger.records[1].sha256() if put else "")
+    assert thread.previous(0) == ("" if put else ledger.records[0].sha256())
+    assert not list(tmp_path.glob("*-*.tmp"))
+    shutil.rmtree(blocked)
+    if kept is not None:
+        blocked.write_bytes(kept)
+    assert thread_of(store, tmp_path).recover(RUN_ID, NOW) == ledger.records[put].after
 
 
 def test_a_second_receipt_in_another_validators_record_is_a_lie_with_a_cooldown(
