@@ -1,18 +1,31 @@
-"""Text from the newest published model: what a newcomer sees of the run's result."""
+"""Text from the newest published model: what a newcomer sees of the run's result.
+
+Whoever holds the hub's token can tag what it likes, so the newest tag is not followed: the epoch is the one that a
+miner would start from, anchored on chain and signed. Without the chain that cannot be told, and is said.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from hivetrain.errors import ConfigError
+from hivetrain.contribution import Terms
+from hivetrain.errors import ChainError, ConfigError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
+from hivetrain.hub.store import ModelStore
+from hivetrain.manifest import Manifest, Ref
 from hivetrain.workbench import Workbench
 from neurons.main import log_retries
+from neurons.report import read_genesis
+from template.acceptance import why_unacceptable
+from template.anchor import candidates, find_base, parse_anchors
+from template.chain.client import Chain
+from template.chain.keys import verify
+from template.leader import Leaders
 
 
 def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = None, seed: int = 0) -> str:
@@ -23,6 +36,7 @@ def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = Non
 
     Raises:
         ConfigError: there is no run in ``dir``, or an empty prompt.
+        IntegrityError: no epoch that the validators anchored can be verified.
         ServiceError: its hub does not answer.
     """
     if not prompt:
@@ -31,22 +45,62 @@ def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = Non
     path = dir / "genesis.json"
     if not path.is_file():
         raise ConfigError(f"no run in {dir}; start one with `hivetrain up --dir {dir}`")
-    run = json.loads(path.read_text())
-    endpoint = str(run["hub_endpoint"])
+    run = read_genesis(dir)
+    endpoint = run.hub_endpoint
 
     def open_dataset(repo: str, revision: str) -> DatasetFiles:
         return HubDataset(endpoint=endpoint, repo=repo, revision=revision, token=token)
 
-    store = HubStore(endpoint=endpoint, repo=str(run["hub_repo"]), token=token)
+    store = HubStore(endpoint=endpoint, repo=run.hub_repo, token=token)
     bench = Workbench(store=store, open_dataset=open_dataset, cache=dir / "generate-cache", device=torch.device("cpu"))
-    parts = bench.open(str(run["run_id"]))
-    newest = store.latest()
-    assert newest is not None  # `open` has read epoch 0
+    parts = bench.open(run.run_id)
+    newest, doubt = newest_epoch(
+        store, parts, lambda: Chain(network="local", netuid=run.netuid, chain_endpoint=run.chain_endpoint)
+    )
+    if doubt:
+        print(f"UNVERIFIED: {doubt}", file=sys.stderr)
     print(f"epoch {newest.epoch}, held-out loss {newest.manifest.val_loss:.3f}", file=sys.stderr)
     parts.flat.load_(parts.base.adopt_(bench.load_state(newest, parts)).vector)
     ids = parts.tokenizer(prompt, return_tensors="pt").input_ids
     generator = torch.Generator().manual_seed(seed)
     return str(parts.tokenizer.decode(_sample(parts.model, ids, max_tokens, generator)[0]))
+
+
+def newest_epoch(store: ModelStore, terms: Terms, open_chain: Callable[[], Chain]) -> tuple[Ref, str]:
+    """The newest epoch that a miner would start from, and ""; without a chain the newest tag, and why it is in doubt.
+
+    Raises:
+        IntegrityError: nothing that is anchored can be verified.
+        ServiceError: the hub does not answer.
+    """
+    try:
+        with open_chain() as chain:
+            metagraph, anchors = chain.metagraph(), parse_anchors(chain.commitments())
+    except (ChainError, ConfigError) as exc:
+        newest = store.latest()
+        assert newest is not None  # a run has its epoch 0
+        return (
+            newest,
+            f"the chain does not say which epoch is anchored, so epoch {newest.epoch} may be anybody's: {exc}",
+        )
+    permitted = {neuron.hotkey for neuron in metagraph.neurons if neuron.validator_permit}
+    leaders = Leaders(terms.recipe.schedule)
+
+    def acceptable(manifest: Manifest) -> str | None:
+        return why_unacceptable(
+            manifest,
+            run_id=terms.run_id,
+            schema_hash=terms.schema_hash,
+            quorum=terms.recipe.gates.quorum,
+            registered=lambda hotkey: metagraph.by_hotkey(hotkey) is not None,
+            base_epoch=terms.recipe.adapter.base_epoch,
+            why_no_publisher=lambda *who: leaders.why_no_publisher(*who, permitted),
+            verify=verify,
+        )
+
+    found = candidates(anchors, permitted, terms.run_id)
+    after_all = max((one.block for one in found), default=0) + 1
+    return find_base(found, after_all, store.resolve, acceptable), ""
 
 
 @torch.no_grad()
