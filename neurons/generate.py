@@ -94,7 +94,9 @@ def newest_epoch(store: ModelStore, terms: Terms, open_chain: Callable[[], Chain
             quorum=terms.recipe.gates.quorum,
             registered=lambda hotkey: metagraph.by_hotkey(hotkey) is not None,
             base_epoch=terms.recipe.adapter.base_epoch,
-            why_no_publisher=lambda *who: leaders.why_no_publisher(*who, permitted),
+            why_no_publisher=lambda hotkey, round_number, attempt: leaders.why_no_publisher(
+                hotkey, round_number, attempt, permitted
+            ),
             verify=verify,
         )
 

@@ -23,12 +23,13 @@ from hivetrain.hub.client import HubStore, publish_dataset
 from hivetrain.hub.folder import FolderStore, mirror
 from hivetrain.manifest import Ref
 from hivetrain.run import Recipe
-from hivetrain.scoring import Bandwidth, MovingAverage, RoundFacts, score_facts
+from hivetrain.scoring import AverageState, Bandwidth, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.judge import Answer, Judge
 from hivetrain.verification.receipt import sign_receipt
 from hivetrain.verification.worker import ReplayProcess, WorkerSpec
+from neurons import explain as explain_module
 from neurons.audit import run_audit
 from neurons.cli import app, main
 from neurons.explain import explain
@@ -340,6 +341,70 @@ def test_a_stranger_beside_the_validators_changes_nothing(source: Source, tmp_pa
     assert "not known for a validator" in "\n".join(found.lines())
     named = dataclasses.replace(beside, named=frozenset({SILENT.hotkey}))
     assert not explain(named, 1, MINER.hotkey).holds
+
+
+def copied(source: Source, tmp_path: Path) -> tuple[Source, Path, RoundRecord]:
+    """A copy of the copy, to be changed; its folder; and the validator's record in it."""
+    assert isinstance(source.store, FolderStore)
+    copy = tmp_path / "copy"
+    shutil.copytree(source.store.folder, copy)
+    record = RoundRecord.model_validate_json((copy / record_path(ROUND, VALIDATOR.hotkey)).read_bytes())
+    return dataclasses.replace(source, store=FolderStore(copy)), copy, record
+
+
+LATER = AverageState(first_round=ROUND, last_round=ROUND - 1)
+
+
+def test_what_is_missing_at_the_hub_makes_no_validator_a_liar(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    miner = record.miners[MINER.hotkey]
+    assert miner.bandwidth is not None
+    read = miner.model_copy(update={"measures": {SILENT.hotkey: miner.bandwidth}})
+    following = record.model_copy(
+        update={
+            "previous": "ab" * 32,
+            "before": LATER,
+            "miners": {**record.miners, MINER.hotkey: read},
+            "sources": {SILENT.hotkey: "cd" * 32},
+        }
+    )
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    path.write_bytes(sign_record(following, VALIDATOR).to_bytes())
+    found = explain(changed, 1, MINER.hotkey)
+    assert found.words[0].unsure == [
+        f"{SILENT.hotkey[:8]}'s record of round 2, which it read as {'cd' * 6}, is not at the hub any more",
+        "its record of round 2, which that of round 3 follows, is missing at the hub: "
+        "the chain cannot be followed past it",
+    ]
+    assert found.holds, found.lines()
+    status, text = command("explain", "1", MINER.hotkey, "--dir", str(copy / "none"), "--from", str(copy))
+    assert (status, text.count("  UNDETERMINED: ")) == (0, 2)
+    path.write_bytes(sign_record(following.model_copy(update={"sources": {}}), VALIDATOR).to_bytes())
+    assert "names no record that it read it in" in explain(changed, 1, MINER.hotkey).words[0].problems[0]
+
+
+@pytest.mark.parametrize("epoch", [7, 10**8, 2**53 - 1])
+def test_a_strangers_record_of_any_epoch_is_shown_and_costs_little(
+    source: Source, tmp_path: Path, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    (copy / "epoch-100000000").mkdir()
+    (copy / "epoch-100000000" / "manifest.json").write_bytes(b"junk")
+    strange = record.model_copy(
+        update={"validator": SILENT.hotkey, "epoch": epoch, "previous": "ab" * 32, "before": LATER}
+    )
+    (copy / record_path(ROUND, SILENT.hotkey)).write_bytes(sign_record(strange, SILENT).to_bytes())
+    found = explain(changed, 1, MINER.hotkey)
+    assert found.holds, found.lines()
+    told = found.words[1]
+    assert (told.known, told.validator) == (False, SILENT.hotkey)
+    assert f"epoch {epoch}, from which it started, is not kept any more" in told.lines
+    assert "missing at the hub" in told.unsure[0]
+    monkeypatch.setattr(explain_module, "STRANGER_FILES", 0)
+    found = explain(changed, 1, MINER.hotkey)
+    assert "0 files and 64 MiB are read, and no more" in found.words[1].unsure[0]
+    assert found.words[0].unsure == []
+    assert found.holds
 
 
 def command(*arguments: str) -> tuple[int, str]:
