@@ -265,7 +265,10 @@ def explain(
     copy: CopyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compute a miner's score again from what is public, and say why; exits 1 where a validator says otherwise."""
+    """Compute a miner's score again from what is public, and say why; exits 1 where a validator says otherwise.
+
+    What nobody can tell any more from what is public is called UNDETERMINED, and contradicts nobody.
+    """
     from neurons.explain import explain as run
     from neurons.sources import open_source
 

@@ -21,7 +21,7 @@ from hivetrain.scoring.explain import (
     recompute,
     tell,
 )
-from hivetrain.scoring.history import follow_back
+from hivetrain.scoring.history import against_next, follow_back
 from hivetrain.scoring.published import BoundedReader, ReadLimit, read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, MAX_EVIDENCE_BYTES, RoundRecord, evidence_path
 from hivetrain.scoring.score import PROVEN
@@ -200,7 +200,7 @@ def _chain(
     """Follow the validator's records back."""
     chain = follow_back(reader, repo, record, hotkey, terms.recipe.scoring, verify)
     word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
-    word.problems += chain.problems
+    word.problems += [*chain.problems, *against_next(reader, repo, record, verify)]
     word.unsure += chain.unsure
 
 

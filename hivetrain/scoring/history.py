@@ -103,6 +103,21 @@ def follow_back(
     return Chain(length=len(chained) - 1, first=min(chained), problems=tuple(problems), unsure=tuple(unsure))
 
 
+def against_next(store: ArtefactReader, repo: str, record: RoundRecord, verify: Verify) -> list[str]:
+    """Whether its validator's record of the next round follows another record than this one, in words.
+
+    Raises:
+        HubError: the hub does not answer.
+    """
+    try:
+        later = read_record(store, repo, record.round + 1, record.validator, verify)
+    except (HubNotFound, IntegrityError):
+        return []
+    if later.run_id != record.run_id or later.before.last_round != record.round or later.previous == record.sha256():
+        return []
+    return [f"its record of round {later.round} follows {later.previous[:12]} of round {record.round}, not this one"]
+
+
 def _carried(record: RoundRecord, hotkey: str, scoring: Scoring) -> float:
     """Which share of ``hotkey``'s average before ``record`` is in its average after it."""
     miner = record.miners.get(hotkey)
@@ -142,4 +157,4 @@ def _own_records(
             continue
 
 
-__all__ = ["Chain", "follow_back", "last_record"]
+__all__ = ["Chain", "against_next", "follow_back", "last_record"]

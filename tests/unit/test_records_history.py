@@ -8,7 +8,7 @@ from hivetrain.errors import IntegrityError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.scoring import AverageState, MovingAverage, Unscored
 from hivetrain.scoring import history as history_module
-from hivetrain.scoring.history import MAX_AHEAD, Chain, follow_back, last_record
+from hivetrain.scoring.history import MAX_AHEAD, Chain, against_next, follow_back, last_record
 from hivetrain.scoring.published import BoundedReader
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, record_path, sign_record
 from tests.keys import verify
@@ -105,6 +105,20 @@ def test_a_record_that_anybody_may_have_taken_away_or_written_over_is_nobodys_fa
     put(hidden, records[0], *records[2:])
     assert untold(hidden, records[3]) == f"{where} missing at the hub: the chain cannot be followed past it"
     assert chain(hidden, records[3]).first == 2
+
+
+def test_a_record_that_was_replaced_after_another_followed_it_is_found(store: MemoryStore) -> None:
+    ledger = Ledger()
+    records = history(store, ledger, range(3))
+    replaced = signed(records[1], coins="ee" * 32)
+    said = f"its record of round 2 follows {records[1].sha256()[:12]} of round 1, not this one"
+    assert against_next(store, REPO, replaced, verify) == [said]
+    assert against_next(store, REPO, records[1], verify) == []
+    assert against_next(store, REPO, records[2], verify) == []  # none follows yet
+    put(store, signed(records[2], run_id="cc" * 32))
+    assert against_next(store, REPO, replaced, verify) == []
+    store.publish_artefacts(REPO, CHECKS_BRANCH, {record_path(2, VALIDATOR.hotkey): b"junk"})
+    assert against_next(store, REPO, replaced, verify) == []
 
 
 class Counting(MemoryStore):
