@@ -68,4 +68,4 @@ def audit_both(source: Source, epoch: int, cheat: str, honest: str, cache: Path)
     for hotkey in (cheat, honest):
         explained = explain(source, epoch, hotkey)
         assert explained.holds, explained.lines()
-        assert explained.words[0].known
+        assert (explained.words[0].known, explained.words[0].unsure) == (True, [])

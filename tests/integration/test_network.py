@@ -232,6 +232,7 @@ def test_every_score_is_explained_from_a_copy_of_the_hub_and_an_honest_epoch_pas
             found = explain(copy, ref.epoch, hotkey)
             assert found.holds, found.lines()
             assert found.words[0].published == found.words[0].recomputed
+            assert found.words[0].unsure == []
             explained += 1
     assert explained >= 15
     newest = scored()[-1]
