@@ -151,7 +151,8 @@ def _batch(choices: Choices) -> None:
     except PeerFault as exc:
         declared(exc, {Fault.TRUNCATED, Fault.OVERSIZED, Fault.NOT_COMMITTED, Fault.NOT_FINITE, Fault.OUT_OF_BOUND})
         return
-    require(shown == honest and bool(values.isfinite().all()), "chunks that nobody committed to are taken")
+    finite = all(bool(piece.isfinite().all()) for piece in values)
+    require(shown == honest and finite, "chunks that nobody committed to are taken")
 
 
 @lru_cache(maxsize=1024)
