@@ -163,7 +163,11 @@ class CheatingMiner(Miner):
         if not self._seen or self._seen[-1] is not state:
             self._seen = [*self._seen[-1:], state]
         self._scene = self._make_scene(state, data, num_steps)
-        return self.cheat.train(self._scene)
+        self._tokens = 0
+        work = self.cheat.train(self._scene)
+        whole = num_steps * self.parts.recipe.data.batch_size * self.parts.recipe.data.seq_len
+        logger.info("worked %d of %d tokens", self._tokens, whole)  # `bench.attacks.network` reads it
+        return work
 
     def contribute(self, round_number: int, rank: int, data: RoundData, work: RoundWork) -> Contribution:
         """What the cheat commits to."""
@@ -177,9 +181,11 @@ class CheatingMiner(Miner):
         )
 
         def run(state: State, batches: Batches, *, num_steps: int, first_step: int = 0) -> RoundWork:
-            return self.parts.loop.run(
+            work = self.parts.loop.run(
                 state, batches, num_steps=num_steps, first_step=first_step, should_stop=self.stopping.is_set
             )
+            self._tokens += work.num_tokens
+            return work
 
         def stolen() -> RoundWork:  # nobody leaks here: computed, which gives the same bytes
             theirs = self.bench.round_data(self.parts, round_number, victim)

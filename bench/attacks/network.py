@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,9 @@ class NetworkRow:
     Attributes:
         ok: every epoch was published, and the honest miners were in it, agreed, and were paid.
         pay: its weights summed over the rounds, over an honest miner's; None where nobody was paid.
-        evidence: the validator's reason for its newest score.
+        work: tokens that it really trained on, over an honest miner's; None where it did not say.
+        caught: rounds until the validator's first reason against it; None where there was none.
+        evidence: that reason, or the one for its newest score.
     """
 
     name: str
@@ -48,7 +52,14 @@ class NetworkRow:
     ok: bool
     failed: str
     pay: float | None
+    work: float | None
+    caught: int | None
     evidence: str
+
+    @property
+    def per_work(self) -> float | None:
+        """Pay per unit of work; None where it did none, or was not paid."""
+        return self.pay / self.work if self.pay is not None and self.work else None
 
 
 def run_one(name: str, folder: Path) -> NetworkRow:
@@ -67,36 +78,57 @@ def run_one(name: str, folder: Path) -> NetworkRow:
             ok=False,
             failed=(done.stderr or done.stdout).strip()[-300:],
             pay=None,
+            work=None,
+            caught=None,
             evidence="",
         )
     told = json.loads(outcome.read_text())
     attack = told.get("attack") or {}
+    caught, evidence = _evidence(network, str(attack.get("hotkey", "")))
     return NetworkRow(
         name=name,
         kind=make_cheat(name).kind.value,
         ok=bool(told["ok"]),
         failed="; ".join(told["failed"])[:300],
         pay=attack.get("pay"),
-        evidence=_evidence(network, str(attack.get("hotkey", ""))),
+        work=_work(network / "logs" / f"{attack.get('member', '')}.log"),
+        caught=caught,
+        evidence=evidence,
     )
 
 
-def _evidence(network: Path, hotkey: str) -> str:
-    """The first reason of the validator's that is against it: of its log's checks, or of its newest score."""
+def _work(log: Path) -> float | None:
+    """What a cheating miner says that it worked, over what it should have."""
+    said = re.findall(r"worked (\d+) of (\d+) tokens", log.read_text(errors="replace")) if log.exists() else []
+    return sum(int(done) for done, _ in said) / sum(int(whole) for _, whole in said) if said else None
+
+
+def _evidence(network: Path, hotkey: str) -> tuple[int | None, str]:
+    """The first reason of the validator's that is against it: of its log's checks, or of its newest score.
+
+    Returns:
+        How many rounds it took to find it, and the reason.
+    """
     log = network / "logs" / "validator-1.log"
     marks = (f"check of {hotkey[:8]}: ", f"receipt of {hotkey[:8]} is refused: ")
-    if log.exists():
-        for line in log.read_text(errors="replace").splitlines():
-            for mark in marks:
-                if mark in line and not any(fine in line for fine in ("passed", "not done here")):
-                    return line.split(mark, 1)[1][:160]
+    number, found = 0, ""
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        for mark in marks:
+            if not found and mark in line and not any(fine in line for fine in ("passed", "not done here")):
+                found = line.split(mark, 1)[1][:160]
+                if mark is marks[0]:
+                    return number, found
+        if counted := re.search(r" round (\d+): \d+ receipts, \d+ refused", line):
+            number = int(counted.group(1)) + 1
+            if found:  # receipts are refused before they are counted
+                return number, found
     path = network / "validator-1" / "scores.json"
     if not path.exists():
-        return ""
+        return None, ""
     score = json.loads(path.read_text())["scores"].get(hotkey, {})
     reasons = score.get("reasons", {})
     worst = min(reasons, key=lambda part: float(score.get(part, 1.0)), default="")
-    return str(reasons.get(worst, score.get("unscored", "")))[:160]
+    return None, str(reasons.get(worst, score.get("unscored", "")))[:160]
 
 
 def run_all(names: Sequence[str], keep: Path | None, json_path: Path | None) -> int:
@@ -116,12 +148,13 @@ def run_all(names: Sequence[str], keep: Path | None, json_path: Path | None) -> 
             print(f"{name}: pay {row.pay}, {'the run holds' if row.ok else row.failed}", flush=True)
     table(
         f"{NUM_EPOCHS} epochs in the real network, every miner checked",
-        ("cheat", "kind", "pay", "the others", "evidence"),
+        ("cheat", "kind", "work done", "pay", "per unit of work", "caught in round", "the others", "evidence"),
         [
             (
                 row.name,
                 row.kind,
-                "-" if row.pay is None else f"{row.pay:.3f}",
+                *("-" if figure is None else f"{figure:.2f}" for figure in (row.work, row.pay, row.per_work)),
+                "-" if row.caught is None else str(row.caught),
                 "paid, agreed" if row.ok else row.failed,
                 row.evidence,
             )
@@ -133,9 +166,17 @@ def run_all(names: Sequence[str], keep: Path | None, json_path: Path | None) -> 
 
 def _claims(rows: Sequence[NetworkRow]) -> list[Claim]:
     claims = [at_least("runs whose honest miners were paid, of all", sum(row.ok for row in rows) / len(rows), 1.0)]
-    for kind, goal in ((Kind.WHOLE, 0.05), (Kind.PART, 1.0), (Kind.WORKS, 1.0 + 1e-3)):
-        paid = {row.name: row.pay for row in rows if row.kind == kind.value and row.pay is not None}
-        if paid:
-            most = max(paid, key=paid.__getitem__)
-            claims.append(at_most(f"pay of a cheat of the kind {kind.value}, at most ({most})", paid[most], goal))
+    paid = [row for row in rows if row.pay is not None and row.work is not None]
+    whole = {row.name: (row.pay or 0.0) - (row.work or 0.0) for row in paid if row.kind == Kind.WHOLE.value}
+    works = {row.name: row.pay or 0.0 for row in paid if row.kind == Kind.WORKS.value}
+    for what, values, goal in (
+        ("pay of a cheat that skips all of the work, less what it worked", whole, 0.05),
+        ("pay of a cheat that does the work", works, 1.0 + 1e-3),
+    ):
+        if values:
+            most = max(values, key=values.__getitem__)
+            claims.append(at_most(f"{what}, at most ({most})", values[most], goal))
+    part = [row.per_work for row in paid if row.kind == Kind.PART.value and row.per_work is not None]
+    if part:  # of one of them three draws of a window tell little
+        claims.append(at_most("pay per unit of work of cheats that skip a part, mean", statistics.mean(part), 1.0))
     return claims
