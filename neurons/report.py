@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hivetrain.errors import HubError, ServiceError
+from hivetrain.errors import HubError, HubNotFound, IntegrityError, ServiceError
 from hivetrain.manifest import Manifest, epoch_tag
 from hivetrain.run import HubPolicy
 from hivetrain.tracking.events import EventReader
@@ -343,16 +343,37 @@ class LiveResults:
 
     def epochs(self) -> list[int]:
         """See `Results`. An epoch that was read before counts although it has been pruned since."""
-        return sorted({*self._store().epochs(), *self._manifests})
+        there = {epoch for epoch in self._store().epochs() if self._read(epoch) is not None}
+        return sorted(there | set(self._manifests))
 
     def manifest(self, epoch: int) -> Manifest:
         """See `Results`."""
+        manifest = self._read(epoch)
+        if manifest is None:
+            raise HubError(f"the hub has no {epoch_tag(epoch)} that a validator of this run published")
+        return manifest
+
+    def _read(self, epoch: int) -> Manifest | None:
+        """An epoch's manifest; None where none is there, or one that is no validator's: a stolen token tags too."""
         if epoch not in self._manifests:
-            ref = self._store().resolve(epoch)
-            if ref is None:
-                raise HubError(f"the hub has no {epoch_tag(epoch)}")
+            try:
+                ref = self._store().resolve(epoch)
+            except (HubNotFound, IntegrityError):  # a tag, and behind it nothing, or no manifest
+                return None
+            if ref is None or (epoch and not self._is_led(ref.manifest)):
+                return None
             self._manifests[epoch] = ref.manifest
         return self._manifests[epoch]
+
+    def _is_led(self, manifest: Manifest) -> bool:
+        from template.chain.keys import verify  # slow: bittensor
+
+        validators = {member.ss58 for member in self._genesis.wallets if member.role == "validator"}
+        try:
+            signature = bytes.fromhex(manifest.leader_signature)
+        except ValueError:
+            return False
+        return manifest.leader in validators and verify(manifest.leader, manifest.signed_bytes(), signature)
 
     def weights(self) -> dict[str, float]:
         """See `Results`."""
