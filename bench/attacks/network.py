@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,9 @@ class NetworkRow:
     ok: bool
     failed: str
     pay: float | None
-    work: float | None
-    caught: int | None
     evidence: str
+    work: float | None = None
+    caught: int | None = None
 
     @property
     def per_work(self) -> float | None:
@@ -165,18 +165,28 @@ def run_all(names: Sequence[str], keep: Path | None, json_path: Path | None) -> 
 
 
 def _claims(rows: Sequence[NetworkRow]) -> list[Claim]:
-    claims = [at_least("runs whose honest miners were paid, of all", sum(row.ok for row in rows) / len(rows), 1.0)]
-    paid = [row for row in rows if row.pay is not None and row.work is not None]
-    whole = {row.name: (row.pay or 0.0) - (row.work or 0.0) for row in paid if row.kind == Kind.WHOLE.value}
-    works = {row.name: row.pay or 0.0 for row in paid if row.kind == Kind.WORKS.value}
+    claims = [at_least("runs whose honest miners were paid, of all", _share(row.ok for row in rows), 1.0)]
+    claims.append(
+        at_least("cheats that told what they worked, of all", _share(row.work is not None for row in rows), 1.0)
+    )
+    by_kind = {kind: [row for row in rows if row.kind == kind.value and row.pay is not None] for kind in Kind}
     for what, values, goal in (
-        ("pay of a cheat that skips all of the work, less what it worked", whole, 0.05),
-        ("pay of a cheat that does the work", works, 1.0 + 1e-3),
+        (
+            "pay of a cheat that skips all of the work, less what it worked",
+            {row.name: (row.pay or 0.0) - (row.work or 0.0) for row in by_kind[Kind.WHOLE]},
+            0.05,
+        ),
+        ("pay of a cheat that skips a part", {row.name: row.pay or 0.0 for row in by_kind[Kind.PART]}, 1.0 + 1e-3),
+        ("pay of a cheat that does the work", {row.name: row.pay or 0.0 for row in by_kind[Kind.WORKS]}, 1.0 + 1e-3),
     ):
         if values:
             most = max(values, key=values.__getitem__)
             claims.append(at_most(f"{what}, at most ({most})", values[most], goal))
-    part = [row.per_work for row in paid if row.kind == Kind.PART.value and row.per_work is not None]
-    if part:  # of one of them three draws of a window tell little
-        claims.append(at_most("pay per unit of work of cheats that skip a part, mean", statistics.mean(part), 1.0))
+    if by_kind[Kind.PART]:  # of one of them three draws of a window tell little
+        per_work = statistics.mean((row.pay or 0.0) / max(row.work or 0.0, 1e-3) for row in by_kind[Kind.PART])
+        claims.append(at_most("pay per unit of work of cheats that skip a part, mean", per_work, 1.0))
     return claims
+
+
+def _share(those: Iterable[bool]) -> float:
+    return statistics.mean(float(one) for one in those)

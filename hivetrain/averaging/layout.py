@@ -27,6 +27,7 @@ from hivetrain.run import CHUNK_ELEMENTS
 from hivetrain.verification.merkle import leaf_digests
 
 CUTS_KEPT = 4096
+_SQUARABLE = 1e-15  # the square of a smaller float32 may round to nothing
 _ROUNDED = 1 - 2.0**-20  # more than a float32 square is rounded by
 
 
@@ -234,7 +235,7 @@ def require_sane(values: Tensor, max_abs: float) -> None:
     array = values.numpy()  # numpy stays in this thread: a block is too small to wake torch's pool for
     # One fast look is enough for most: however a sum of squares is rounded, it is not below the largest of them.
     with np.errstate(over="ignore", invalid="ignore"):
-        if float(np.dot(array, array)) < max_abs * max_abs * _ROUNDED:
+        if max_abs > _SQUARABLE and float(np.dot(array, array)) < max_abs * max_abs * _ROUNDED:
             return
     largest = max(abs(float(array.min())), abs(float(array.max())))
     if not largest < math.inf:  # a NaN is its array's min and max

@@ -164,5 +164,7 @@ def test_the_bound_holds_to_the_last_bit_beside_any_number_of_small_values(num_v
         assert refused.value.fault is Fault.NOT_FINITE
 
 
-def test_values_whose_squares_overflow_may_still_be_within_the_bound() -> None:
+def test_values_whose_squares_overflow_or_vanish_are_judged_as_all_others() -> None:
     require_sane(torch.full((5000,), 1e30), 1e31)
+    with pytest.raises(PeerFault):
+        require_sane(torch.full((5000,), 1.5e-23), 1e-23)
