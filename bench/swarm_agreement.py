@@ -3,8 +3,8 @@
     python -m bench.swarm_agreement [--quick] [--json FILE]
 
 Two and three processes on loopback with SwarmTrainer, tiny GPT-2 and Llama, all weights and DoRA. Against each, one
-process with a stock `Trainer` and the same global batches: as many steps, each with the samples that all peers brought to
-that round. How far it is from one process with as many samples in another order says what of a difference chance can do.
+process with a stock `Trainer` and the same global batches: as many steps, each with the samples that all peers brought
+to that round. How far it is from one process with as many samples in another order says what chance can do.
 """
 
 from __future__ import annotations

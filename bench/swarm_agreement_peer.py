@@ -1,4 +1,4 @@
-"""One peer of `bench.swarm_agreement`, and the one process that it is compared with: the same model, data and settings."""
+"""One peer of `bench.swarm_agreement`, and the one process that it is compared with: same model, data and settings."""
 
 from __future__ import annotations
 
@@ -83,9 +83,17 @@ def train_in_swarm(options: dict[str, Any]) -> dict[str, Any]:
     files = sorted(path for path in last.iterdir() if path.name not in OF_ONE_PEER)
     return {
         "loss": eval_loss(trainer),
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "files": {path.name: digest_of(path) for path in files},
         "rounds": [[report.epoch, report.peers, report.samples] for report in trainer.rounds],
     }
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of its bytes; of a JSON file, of what it says: peft writes a set in the order of a process's hashes."""
+    if path.suffix != ".json":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    said = {name: sorted(v) if isinstance(v, list) else v for name, v in json.loads(path.read_bytes()).items()}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def samples_of_rounds(options: dict[str, Any]) -> list[Any]:

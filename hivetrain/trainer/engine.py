@@ -165,6 +165,14 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             self._announce_epoch()
         return loaded
 
+    def state_dict(self) -> Any:
+        saved = super().state_dict()
+        # In one order, however a peer came by it: equal states are equal files.
+        return {
+            "state": _in_order(saved["state"]),
+            "param_groups": [_in_order(group) for group in saved["param_groups"]],
+        }
+
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         self._announce_epoch()
@@ -280,8 +288,10 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._group_size, self._group_samples = 1, None
         if control is not None and control.done() and not control.cancelled() and control.exception() is None:
             self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
-        with torch.no_grad(), self.grad_averager.get_tensors() as gradients:
-            if not _all_finite(list(gradients)):
+        # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere.
+        gradients = [weight.grad for group in self.opt.param_groups for weight in group["params"]]
+        with torch.no_grad(), self.grad_averager.get_tensors():
+            if not _all_finite(gradients):
                 logger.warning("swarm: the group's mean is not finite: this step is taken without it")
                 for gradient in gradients:
                     gradient.zero_()
@@ -315,6 +325,12 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     def children(self) -> list[int]:
         """Process ids to end if closing fails."""
         return [averager.pid for averager in (self.state_averager, self.grad_averager) if averager is not None]
+
+
+def _in_order(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: _in_order(values[name]) for name in sorted(values, key=str)}
 
 
 def _is_formed(control: Any) -> bool:

@@ -21,6 +21,7 @@ from hivetrain.errors import ConfigError
 from hivetrain.trainer.arguments import SwarmArguments
 from hivetrain.trainer.board import Board
 from hivetrain.trainer.callback import SwarmCallback
+from hivetrain.trainer.clip import clipped
 from hivetrain.trainer.config import read_config
 from hivetrain.trainer.fingerprint import fingerprint
 from hivetrain.trainer.initial import with_state
@@ -157,7 +158,7 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
             node=node,
             config=self._config,
             params=self._parameter_groups(model),
-            optimizer=lambda groups: with_state(optimizer_cls(groups, **settings)),
+            optimizer=lambda groups: clipped(with_state(optimizer_cls(groups, **settings)), args.max_grad_norm),
             scheduler=lambda inner: self._schedule_of(inner, session.swarm_epochs),
             batch_size_per_step=self._batch_per_step,
             take_samples=self._take_samples,
@@ -196,6 +197,10 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
         self._samples += sizes[0] if sizes else self.args.train_batch_size
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # The norm of this step alone, for the log: clipped is the mean of all peers (`clipped`).
+        return self.accelerator.clip_grad_norm_(model.parameters(), float("inf"))
+
     def _take_samples(self) -> int:
         taken, self._samples = self._samples, 0
         return taken
@@ -230,4 +235,8 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
 def _in_words(optimizer_cls: type, settings: dict[str, Any], args: SwarmArguments) -> str:
     shown = {name: value for name, value in sorted(settings.items()) if name != "lr"}
     listed = ", ".join(f"{name}={value}" for name, value in shown.items())
-    return f"{optimizer_cls.__name__}({listed}), weight_decay={args.weight_decay:g}"[:1000]
+    return (
+        f"{optimizer_cls.__name__}({listed}), weight_decay={args.weight_decay:g}, max_grad_norm={args.max_grad_norm:g}"[
+            :1000
+        ]
+    )
