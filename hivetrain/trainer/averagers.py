@@ -89,7 +89,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         self._lobby: Lobby | None = None
         self._opening: asyncio.Task[None] | None = None
         self._vector: Vector | None = None
-        self._meetings: dict[bytes, Meeting] = {}
+        self._meetings: dict[bytes, tuple[Any, Meeting]] = {}
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:
@@ -107,7 +107,12 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         )
         if self._opening is None or failed:
             self._opening = asyncio.create_task(self._open_lobby())
-        await super()._step(**kwargs)
+        try:
+            await super()._step(**kwargs)
+        finally:  # cancelled in the turn in which its group was found, a step has a meeting that it never comes to
+            step = kwargs["step"]
+            for group_id in [group_id for group_id, (whose, _) in self._meetings.items() if whose is step]:
+                await self._meetings.pop(group_id)[1].close()
 
     async def _shutdown(self, timeout: float | None) -> None:
         self._running_groups.clear()
@@ -148,7 +153,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
                     step.stage = AveragingStage.AWAITING_TRIGGER
                     await _either(step.wait_for_trigger(), meeting.broken.wait())
                 if step.triggered or not meeting.broken.is_set():
-                    self._meetings[group.group_id] = meeting
+                    self._meetings[group.group_id] = step, meeting
                     return group
             except BaseException:
                 await meeting.close()
@@ -188,7 +193,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         self.notes.called = True
 
     async def _aggregate_with_group(self, group_info: Any, *, weight: float, **kwargs: Any) -> Any:
-        meeting, vector = self._meetings.pop(group_info.group_id), self._vector
+        (_, meeting), vector = self._meetings.pop(group_info.group_id), self._vector
         assert vector is not None
         loop = asyncio.get_running_loop()
         seed = group_info.group_id + self.peer_id.to_bytes()
@@ -197,7 +202,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
                 payload, tree = await loop.run_in_executor(None, vector.encode, tensors, seed)
                 averaged = await average(meeting, self._me, float(weight), payload, tree, vector.memory)
                 if averaged.mean is not None:
-                    await loop.run_in_executor(None, vector.copy_into, averaged.mean, tensors)
+                    await _to_its_end(loop.run_in_executor(None, vector.copy_into, averaged.mean, tensors))
                 self.last_updated = get_dht_time()
                 self._state_updated.set()
             self.notes.take(averaged)
@@ -239,6 +244,18 @@ async def _either(one: Awaitable[object], other: Awaitable[object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _to_its_end(work: asyncio.Future[None]) -> None:
+    """Wait for ``work`` even where we are cancelled meanwhile, and take it as done.
+
+    A time-out that comes while the mean is copied would leave half of it in the gradients. A moment later all of it is
+    there, as with everyone else in the group.
+    """
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await work
 
 
 class SwarmGradientAverager(GradientAverager, _Averager):  # type: ignore[misc]

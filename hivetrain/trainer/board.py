@@ -86,7 +86,7 @@ class Board:
 
     def settle(
         self,
-        state: Callable[[], tuple[int, str]],
+        state: Callable[[], tuple[int, str, int]],
         download: Callable[[], bool],
         keep_sharing: Callable[[bool], None],
         deadline_s: float,
@@ -96,7 +96,7 @@ class Board:
         """At the end of a run: hold the same bits as everyone who is still here.
 
         Args:
-            state: the epoch at which we ended, and the hash of what we hold.
+            state: the epoch at which we ended, the hash of what we hold, and of how many samples its last step was.
             download: loads the newest state that is shared; whether that worked.
             keep_sharing: whether others may download ours.
             deadline_s: how long to wait for the others to end; and then, how long for one state among those who did.
@@ -104,12 +104,11 @@ class Board:
         Returns:
             Whether all who are here ended with one state; past the deadline, all who ended.
         """
-        until, (epoch, ours) = clock() + deadline_s, state()
-        self._publish_ending(epoch, ours)
+        until, mine = clock() + deadline_s, self._publish_ending(*state())
         while True:
             expected = [self.me.peer_id, *(other.peer_id for other in self.others())]
             found = {ending.peer_id: ending for ending in self._endings()}
-            found[self.me.peer_id] = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=ours)
+            found[self.me.peer_id] = mine
             present = [found[peer_id] for peer_id in expected if peer_id in found]
             if (late := clock() - until) >= 0:  # whoever was killed is still listed for a while
                 expected = [ending.peer_id for ending in present]
@@ -118,12 +117,11 @@ class Board:
             if late >= deadline_s:
                 return False
             chosen = canonical(present)
-            mine = chosen is None or chosen.digest == ours
-            keep_sharing(mine)
-            # Whoever is still on its way to the end may hold the majority: only then is it known.
-            if not mine and len(present) == len(expected) and download():
-                epoch, ours = state()
-                self._publish_ending(epoch, ours)
+            held = chosen is None or chosen.digest == mine.digest
+            keep_sharing(held)
+            # Whoever is still on its way to the end may hold the run's state: only then is it known.
+            if not held and len(present) == len(expected) and download():
+                mine = self._publish_ending(*state())
             else:
                 wait(POLL_S)
 
@@ -137,9 +135,10 @@ class Board:
         found = [Ending.from_wire(value) for value in self._directory.read(self._key("end"))]
         return [ending for ending in found if ending is not None]
 
-    def _publish_ending(self, epoch: int, digest: str) -> None:
-        ending = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=digest)
+    def _publish_ending(self, epoch: int, digest: str, samples: int) -> Ending:
+        ending = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=digest, samples=samples)
         self._directory.publish(self._key("end"), ending.to_wire(), ENDING_S)
+        return ending
 
     def _publish(self) -> None:
         self._directory.publish(self._key("peers"), self.me.to_wire(), PRESENCE_S)

@@ -16,10 +16,10 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._reported = 0
+        self._reported = self._rounds = self._averaged = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._reported = 0
+        self._reported = self._rounds = self._averaged = 0
         self._trainer.rounds.clear()
         # Only here are a checkpoint's optimizer and epoch loaded, too.
         self._trainer.session.adopt_state()
@@ -41,10 +41,16 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
         if control.should_training_stop:
             self._trainer.session.settle()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if problem := self._trainer.run_report(self._rounds, self._averaged).problem():
+            logger.warning("swarm: %s", problem)
+
     def _report(self) -> None:
         trainer = self._trainer
         for report in [report for report in trainer.rounds if report.epoch > self._reported]:
             self._reported = report.epoch
+            self._rounds += 1
+            self._averaged += report.peers > 1
             logger.info(
                 "swarm: epoch=%d peers=%d samples=%d seconds=%.2f sent_bytes=%d",
                 report.epoch, report.peers, report.samples, report.seconds, report.sent_bytes,

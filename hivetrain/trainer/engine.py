@@ -96,6 +96,8 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._reach = config.reach
         self._group_size: int | None = None
         self._group_samples: int | None = None
+        self._own_samples = 0
+        self.most_peers = 1
         self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
         self.scheduled_grads: Any = None
@@ -147,7 +149,13 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def step(self, closure: Any = None, batch_size: int | None = None, grad_scaler: Any = None) -> Any:
         samples = self._take_samples()
+        self.most_peers = max(self.most_peers, self.tracker.global_progress.num_peers)
         return super().step(closure, batch_size or samples or None, grad_scaler)
+
+    @property
+    def trained_samples(self) -> int:
+        """Of the whole group, that our last step was of; 0: we have made none since we loaded a state."""
+        return self._own_samples if self._group_samples is None else self._group_samples
 
     def share_state(self, shared: bool) -> None:
         """Let others download our state, or not."""
@@ -162,6 +170,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         """Load the newest state that a peer shares. Returns whether there was one as new as ours."""
         loaded = bool(self.state_averager.download(timeout_s))
         if loaded:
+            self._own_samples, self._group_samples = 0, None
             self._announce_epoch()
         return loaded
 
@@ -213,9 +222,12 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
             loaded = self.download(self.averaging_timeout)
-            if loaded and self.tracker.global_epoch - 1 <= self.local_epoch < self.tracker.global_epoch:
+            held = self.local_epoch
+            if loaded and self.tracker.global_epoch - 1 <= held < self.tracker.global_epoch:
                 self.state_averager.local_epoch = self.tracker.global_epoch
             self._announce_epoch()
+            if not self.client_mode:  # who has the epoch's work is asked before us, who have only its number
+                self.state_averager.state_sharing_priority = held
         if loaded:
             self._failed_downloads = 0
             return
@@ -305,6 +317,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._waits_since = None
         samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent_bytes(), time.perf_counter()
         self._group_size = self._group_samples = None
+        self._own_samples = 0 if self.grad_averager is None else self.grad_averager.local_samples_accumulated
         super()._update_global_epoch(grad_scaler)
         peers = self._group_size
         if peers is None:  # averaged in the background, or local updates: as many as the swarm counts

@@ -5,7 +5,8 @@ fingerprint), and how they ended (epoch and hash of the state). Every peer reads
 
 At the end, peers that went through the same rounds can still differ in a last bit, or by a whole round that one of them
 missed: hivemind hands each member a difference, and a member that fails goes on with its own gradients. So they compare
-hashes; the majority's state is the run's, and the others download it.
+hashes. The run's state is the one whose last step was of the most samples, and of equal ones the one that most hold; the
+others download it. Whoever came in the last epoch has the number of that epoch too, but not its work.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hivetrain.trainer.fingerprint import Fingerprint, differences
 
 MAX_TEXT = 1000
 MAX_EPOCHS = 1 << 40
+MAX_SAMPLES = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,23 +56,34 @@ class Presence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How a peer ended: its epoch, and the hash of its weights and moments."""
+    """How a peer ended.
+
+    Attributes:
+        peer_id: who.
+        epoch: of the swarm.
+        digest: hash of its weights and moments.
+        samples: of all in the group, that its last step was of; 0: it made none since it loaded a state.
+    """
 
     peer_id: str
     epoch: int
     digest: str
+    samples: int
 
     def to_wire(self) -> list[object]:
-        return [self.peer_id, self.epoch, self.digest]
+        return [self.peer_id, self.epoch, self.digest, self.samples]
 
     @classmethod
     def from_wire(cls, value: object) -> Ending | None:
         """The record that a stranger wrote, or None if it is none."""
         match value:
-            case [str(peer_id), int(epoch), str(digest)] if (
-                len(peer_id) <= MAX_TEXT and len(digest) <= 128 and 0 <= epoch < MAX_EPOCHS
+            case [str(peer_id), int(epoch), str(digest), int(samples)] if (
+                len(peer_id) <= MAX_TEXT
+                and len(digest) <= 128
+                and 0 <= epoch < MAX_EPOCHS
+                and 0 <= samples < MAX_SAMPLES
             ):
-                return cls(peer_id=peer_id, epoch=epoch, digest=digest)
+                return cls(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples)
         return None
 
 
@@ -98,14 +111,20 @@ def require_same_run(me: Presence, others: Sequence[Presence], run_id: str) -> N
 
 
 def canonical(endings: Sequence[Ending]) -> Ending | None:
-    """Whose state is the run's: of those at the newest epoch, the state that most hold; ties: the lowest peer id."""
+    """Whose state is the run's.
+
+    Of those at the newest epoch, the state whose last step was of the most samples; ties: that most hold; ties: of the
+    lowest peer id.
+    """
     if not endings:
         return None
     newest = max(ending.epoch for ending in endings)
     last = [ending for ending in endings if ending.epoch == newest]
     votes = Counter(ending.digest for ending in last)
-    most = max(votes.values())
-    return min((ending for ending in last if votes[ending.digest] == most), key=lambda ending: ending.peer_id)
+    work = {digest: max(ending.samples for ending in last if ending.digest == digest) for digest in votes}
+    best = max((work[digest], votes[digest]) for digest in votes)
+    holders = [ending for ending in last if (work[ending.digest], votes[ending.digest]) == best]
+    return min(holders, key=lambda ending: ending.peer_id)
 
 
 def agreed(endings: Mapping[str, Ending], expected: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What one step of the swarm was, for the log, the progress bar and the tracker."""
+"""What the steps of the swarm were, for the log, the progress bar and the tracker, and what to say where none was one."""
 
 from __future__ import annotations
 
@@ -37,3 +37,54 @@ class RoundReport:
     def postfix(self) -> str:
         """As a progress bar shows it."""
         return f"swarm epoch {self.epoch}, {self.peers} peers, {self.samples} samples, {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """One peer's run, at its end.
+
+    Attributes:
+        rounds: steps of the swarm that it made.
+        averaged: of these, with others.
+        epoch: of the swarm, that it has reached.
+        joined: whether others were there before it.
+        most_peers: of the swarm at any moment, ourselves included.
+        samples: that it computed.
+        target_batch_size, matchmaking_s: of its `hivemind_config`.
+    """
+
+    rounds: int
+    averaged: int
+    epoch: int
+    joined: bool
+    most_peers: int
+    samples: int
+    target_batch_size: int
+    matchmaking_s: float
+
+    def problem(self) -> str | None:
+        """Why nothing was averaged, as far as we can know, and what would mend it; None: something was."""
+        if self.averaged:
+            return None
+        if self.rounds and self.most_peers > 1:
+            return (
+                f"not one of {self.rounds} rounds was averaged with anybody, although {self.most_peers} peers were "
+                f"there: they found no group in time. Raise matchmaking_time (now {self.matchmaking_s:g} s), or "
+                f"target_batch_size (now {self.target_batch_size}) so that a swarm epoch takes several times as long"
+            )
+        if self.rounds:
+            return (
+                f"not one of {self.rounds} rounds was averaged with anybody: no other peer came, and this model has "
+                "learned from our data alone. Others join with the line that was printed at the start (initial_peers "
+                "or PEERS), the same run_id, and a port of ours that they can reach"
+            )
+        if self.joined and self.epoch:
+            return (
+                f"we took part in no round: we came too late, and hold the swarm's state of epoch {self.epoch} as we "
+                "downloaded it. Join earlier, or raise swarm_epochs for everyone"
+            )
+        return (
+            f"the run ended without one round, and the model is as it began: our {self.samples} samples and those of "
+            f"{self.most_peers - 1} other peers did not make target_batch_size = {self.target_batch_size}. Lower it, "
+            "raise max_steps, or start the other peers before this one ends"
+        )

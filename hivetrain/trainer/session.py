@@ -36,13 +36,14 @@ class Session:
 
     def __init__(self, config: SwarmConfig, node: Any, board: Board, elders: list[Presence]) -> None:
         self._config, self._node, self._board, self._elders = config, node, board, elders
+        self.joined = bool(elders)
         self.optimizer: Any = None
         self._settled = False
 
     @property
     def founding(self) -> bool:
         """Whether nobody came before us."""
-        return not self._elders
+        return not self.joined
 
     @property
     def swarm_epochs(self) -> int:
@@ -89,7 +90,7 @@ class Session:
         timeout_s = self._config.seconds("averaging_timeout")
         try:
             agreed = self._board.settle(
-                state=lambda: (self.epoch, self.optimizer.digest()),
+                state=lambda: (self.epoch, self.optimizer.digest(), self.optimizer.trained_samples),
                 download=lambda: bool(self.optimizer.download(timeout_s)),
                 keep_sharing=self.optimizer.share_state,
                 deadline_s=timeout_s,

@@ -28,7 +28,7 @@ from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.membership import Presence
 from hivetrain.trainer.peers import join_lines, peers_of
 from hivetrain.trainer.preflight import TrainerFacts, check_trainer, plan_epochs, steps_bound
-from hivetrain.trainer.rounds import RoundReport
+from hivetrain.trainer.rounds import RoundReport, RunReport
 from hivetrain.trainer.schedule import SwarmSchedule
 from hivetrain.trainer.session import Interrupts, Session, guard_exit
 
@@ -59,7 +59,7 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
             self.args.max_steps = steps_bound(self.args.swarm_epochs, self._batch_per_step, target)
         self._session: Session | None = None
         self._planned_epochs = 0
-        self._samples = 0
+        self._samples = self._computed = 0
         self._interrupts = Interrupts()
         self.rounds: deque[RoundReport] = deque(maxlen=1000)
         self.add_callback(SwarmCallback(self))
@@ -77,6 +77,26 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
     @property
     def _batch_per_step(self) -> int:
         return int(self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    def run_report(self, rounds: int, averaged: int) -> RunReport:
+        """What the run was, while in the swarm.
+
+        Args:
+            rounds: steps of the swarm that we made.
+            averaged: of these, with others.
+        """
+        session = self._session
+        assert session is not None
+        return RunReport(
+            rounds=rounds,
+            averaged=averaged,
+            epoch=session.epoch,
+            joined=session.joined,
+            most_peers=session.optimizer.most_peers,
+            samples=self._computed,
+            target_batch_size=self._config.target_batch_size,
+            matchmaking_s=self._config.seconds("matchmaking_time"),
+        )
 
     def _facts(self) -> TrainerFacts:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -140,6 +160,7 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
             raise ConfigError(
                 f"optim={args.optim!r} builds its own parameter groups, which a swarm cannot: use another"
             )
+        self._computed = 0
         print_of = fingerprint(model, _in_words(optimizer_cls, settings, args), self._schedule_in_words(), self._config)
         node = Node(self._config)
         node.start()
@@ -203,6 +224,7 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
 
     def _take_samples(self) -> int:
         taken, self._samples = self._samples, 0
+        self._computed += taken
         return taken
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -106,8 +106,11 @@ def test_a_strangers_record_that_is_none_is_ignored(records: Records, wrong: obj
 
 def test_records_survive_the_wire() -> None:
     assert Presence.from_wire(presence("a", 1.5).to_wire()) == presence("a", 1.5)
-    ending = Ending(peer_id="a", epoch=4, digest="00")
+    ending = Ending(peer_id="a", epoch=4, digest="00", samples=96)
     assert Ending.from_wire(ending.to_wire()) == ending
+    for samples in (-1, 1 << 60, 1.5, "96", None):
+        assert Ending.from_wire(["a", 4, "00", samples]) is None
+    assert Ending.from_wire(["a", 4, "00"]) is None
 
 
 def test_elders_are_ordered_by_age_then_id() -> None:
@@ -115,8 +118,8 @@ def test_elders_are_ordered_by_age_then_id() -> None:
     assert [elder.peer_id for elder in elders(presence("m", 2.5), here)] == ["a", "b", "c"]
 
 
-def ending(peer_id: str, digest: str, epoch: int = 10) -> Ending:
-    return Ending(peer_id=peer_id, epoch=epoch, digest=digest)
+def ending(peer_id: str, digest: str, epoch: int = 10, samples: int = 96) -> Ending:
+    return Ending(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples)
 
 
 def test_the_state_that_most_hold_at_the_newest_epoch_is_the_runs() -> None:
@@ -125,6 +128,16 @@ def test_the_state_that_most_hold_at_the_newest_epoch_is_the_runs() -> None:
     assert found == ending("b", "x")
     assert canonical([ending("b", "x"), ending("a", "y")]) == ending("a", "y")
     assert canonical([ending("a", "x", 9), ending("b", "x", 9), ending("c", "y", 10)]) == ending("c", "y", 10)
+
+
+def test_who_has_only_the_number_of_the_last_epoch_does_not_outvote_its_work() -> None:
+    # "b" made the last step; the others came in it and downloaded what was there before.
+    late = [ending("a", "old", samples=0), ending("c", "old", samples=0)]
+    assert canonical([*late, ending("b", "new")]) == ending("b", "new")
+    # One of them stepped alone, with the few samples that it had.
+    assert canonical([ending("a", "own", samples=8), ending("b", "new")]) == ending("b", "new")
+    # Whoever downloads the run's state holds it, too.
+    assert canonical([ending("a", "new", samples=0), ending("b", "new"), late[1]]) == ending("a", "new", samples=0)
 
 
 def test_peers_agree_only_once_all_who_are_expected_hold_one_state() -> None:
@@ -137,16 +150,17 @@ def test_peers_agree_only_once_all_who_are_expected_hold_one_state() -> None:
 class End:
     """One peer at the end of a run, whose waiting is turned by hand."""
 
-    def __init__(self, records: Records, peer_id: str, since: float, digest: str) -> None:
+    def __init__(self, records: Records, peer_id: str, since: float, digest: str, samples: int = 96) -> None:
         self.board = board(records, presence(peer_id, since))
         self.board.join()
         self.digest, self.shares, self.downloads, self.now = digest, True, 0, 0.0
+        self.samples = samples
 
     def settle(self, source: str | None = None, on_wait: list[object] | None = None) -> bool:
         def download() -> bool:
             self.downloads += 1
             if source is not None:
-                self.digest = source
+                self.digest, self.samples = source, 0
             return source is not None
 
         def wait(seconds: float) -> None:
@@ -155,7 +169,7 @@ class End:
                 on_wait.pop(0)()  # type: ignore[operator]
 
         return self.board.settle(
-            state=lambda: (10, self.digest), download=download, keep_sharing=lambda on: setattr(self, "shares", on),
+            state=lambda: (10, self.digest, self.samples), download=download, keep_sharing=lambda on: setattr(self, "shares", on),
             deadline_s=5.0, wait=wait, clock=lambda: self.now,
         )  # fmt: skip
 
@@ -163,7 +177,7 @@ class End:
 def test_a_peer_that_differs_in_a_bit_downloads_the_majoritys_state(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "y"), ("b", "x"), ("c", "x")]))
     for end in (b, c):
-        end.board._publish_ending(10, end.digest)
+        end.board._publish_ending(10, end.digest, 96)
     assert a.settle(source="x")
     assert (a.downloads, a.shares, a.digest) == (1, False, "x")
     assert b.settle()
@@ -172,10 +186,20 @@ def test_a_peer_that_differs_in_a_bit_downloads_the_majoritys_state(records: Rec
         end.board.close()
 
 
+def test_a_newcomer_of_the_last_epoch_takes_the_state_of_who_finished_it(records: Records) -> None:
+    newcomer, elder = End(records, "a", 2.0, "old", samples=0), End(records, "b", 1.0, "new")
+    newcomer.board._publish_ending(10, "old", 0)
+    assert elder.settle(on_wait=[lambda: newcomer.settle(source="new")])
+    assert (elder.digest, elder.downloads, elder.shares) == ("new", 0, True)
+    assert (newcomer.digest, newcomer.downloads, newcomer.shares) == ("new", 1, False)
+    for end in (newcomer, elder):
+        end.board.close()
+
+
 def test_nobody_downloads_before_everyone_has_ended(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "y")]))
-    a.board._publish_ending(10, "x")
-    assert b.settle(on_wait=[lambda: c.board._publish_ending(10, "y"), lambda: a.board._publish_ending(10, "y")])
+    a.board._publish_ending(10, "x", 96)
+    assert b.settle(on_wait=[lambda: c.board._publish_ending(10, "y", 96), lambda: a.board._publish_ending(10, "y", 96)])
     assert b.downloads == 0
     for end in (a, b, c):
         end.board.close()
@@ -191,7 +215,7 @@ def test_a_peer_that_never_ends_costs_the_deadline_and_no_more(records: Records)
 
 def test_past_the_deadline_those_who_ended_agree_without_the_silent_one(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "z")]))
-    a.board._publish_ending(10, "x")
+    a.board._publish_ending(10, "x", 96)
     assert b.settle(source="x")
     assert (b.digest, b.downloads) == ("x", 1)
     assert 5.0 <= b.now < 6.0
@@ -201,7 +225,7 @@ def test_past_the_deadline_those_who_ended_agree_without_the_silent_one(records:
 
 def test_a_state_that_nobody_gives_is_not_waited_for_without_end(records: Records) -> None:
     a, b = End(records, "a", 0, "x"), End(records, "b", 1, "y")
-    a.board._publish_ending(10, "x")
+    a.board._publish_ending(10, "x", 96)
     assert not b.settle()
     assert 10.0 <= b.now < 11.0
     for end in (a, b):

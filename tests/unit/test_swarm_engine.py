@@ -154,7 +154,7 @@ def test_a_swarm_that_gives_no_state_is_asked_for_a_bounded_time() -> None:
     optimizer.__dict__.update(
         _parent_pid=0, scheduled_grads=None, state_averager=Averager(), tracker=Tracker(), grad_averager=None,
         client_mode=True, averaging_timeout=1.0, load_state_timeout=60.0, _failed_downloads=7,
-        _behind_since=time.monotonic() - 61,
+        _behind_since=time.monotonic() - 61, _own_samples=0, _group_samples=None,
     )  # fmt: skip
     with pytest.raises(
         ServiceError, match=r"for 61 s no peer gave us the swarm's state \(it is at epoch 9, we are at 3\)"

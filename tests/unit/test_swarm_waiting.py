@@ -158,7 +158,7 @@ def test_a_group_that_falls_apart_before_it_is_used_is_replaced() -> None:
         looking = asyncio.create_task(bent._look_for_group(look, step))
         await asyncio.sleep(0)
         first.broken.set()
-        while bent._meetings.get(b"group") is not second:
+        while b"group" not in bent._meetings or bent._meetings[b"group"][1] is not second:
             await asyncio.sleep(0)
             step.trigger.set() if first.closed else None
         assert (await looking).group_id == b"group"
