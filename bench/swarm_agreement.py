@@ -65,7 +65,7 @@ def run(model: str, kind: str, peers: int, epochs: int, folder: Path) -> Outcome
         "folder": str(folder), "initial_peers": [],
     }  # fmt: skip
     if kind == "dora":
-        save_base(options, folder)
+        save_base(options)
     results = swarm(options, folder)
     rounds = max((result["rounds"] for result in results), key=len)
     batches = samples_of_rounds(options)

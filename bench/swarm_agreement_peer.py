@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ OF_ONE_PEER = ("trainer_state.json", "rng_state.pth", "training_args.bin", "READ
 def main() -> None:
     options = json.loads(sys.argv[1])
     quiet()
-    print("RESULT " + json.dumps(train_in_swarm(options)), flush=True)
+    result = ROLES[options.get("role", "peer")](options)
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 def quiet() -> None:
@@ -170,12 +172,13 @@ def build(model: str, kind: str, seed: int, folder: Path) -> Any:
     return get_peft_model(base, LoraConfig(r=8, use_dora=True, target_modules="all-linear"))
 
 
-def save_base(options: dict[str, Any], folder: Path) -> None:
+def save_base(options: dict[str, Any]) -> None:
     """What DoRA adapts: a model of other data, so that there is something to adapt."""
     import torch
     from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
+    folder = Path(options["folder"])
     args = TrainingArguments(
         **shared(folder / "old"), per_device_train_batch_size=96, save_strategy="no", max_steps=48, data_seed=0
     )  # fmt: skip
@@ -213,6 +216,13 @@ def draws(num: int, seed: int, table: int = 0) -> list[dict[str, Any]]:
     for place in range(1, LENGTH):
         rows[:, place] = torch.where(follows[:, place], follower[rows[:, place - 1]], rows[:, place])
     return [{"input_ids": row, "labels": row} for row in rows]
+
+
+ROLES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "peer": train_in_swarm,
+    "base": save_base,
+    "alone": lambda options: train_alone(options, samples_of_rounds(options)),
+}
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 Peers publish two records in the DHT, each under its owner's key and signed by it: that they are here (with their
 fingerprint), and how they ended (epoch and hash of the state). Every peer reads the same records and decides the same.
 
-At the end, peers that went through the same rounds can still differ in a last bit, or by a whole round that one of them
-missed: hivemind hands each member a difference, and a member that fails goes on with its own gradients. So they compare
-hashes. The run's state is the one whose last step was of the most samples, and of equal ones the one that most hold; the
-others download it. Whoever came in the last epoch has the number of that epoch too, but not its work.
+At the end, peers that went through the same rounds can still differ in a last bit, or by a whole round that one of
+them missed: a member that fails goes on with its own gradients. So they compare hashes. The run's state is the one
+whose last step was of the most samples, and of equal ones the one that most hold; the others download it. Whoever came
+in the last epoch has the number of that epoch too, but not its work.
 """
 
 from __future__ import annotations

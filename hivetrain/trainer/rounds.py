@@ -1,4 +1,4 @@
-"""What the steps of the swarm were, for the log, the progress bar and the tracker, and what to say where none was one."""
+"""What steps of the swarm were, for the log, the progress bar and the tracker; and what to say where none was one."""
 
 from __future__ import annotations
 

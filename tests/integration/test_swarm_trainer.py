@@ -24,6 +24,7 @@ END_S = 80.0
 
 Options = dict[str, Any]
 EXAMPLES = ROOT / "examples"
+AGREEMENT = ROOT / "bench" / "swarm_agreement_peer.py"
 
 
 class Peer:
@@ -143,6 +144,32 @@ def test_three_peers_end_with_the_same_bits_and_the_loss_of_one_process_with_the
     assert results[0]["eval_loss"] == pytest.approx(alone["eval_loss"], rel=0.01)
 
 
+@pytest.mark.parametrize(("model", "kind"), [("gpt2", "dora"), ("llama", "full"), ("llama", "dora")])
+def test_two_peers_save_the_same_files_and_have_the_loss_of_one_process_with_their_samples(
+    start: Start, tmp_path: Path, model: str, kind: str
+) -> None:
+    options = {
+        "model": model, "kind": kind, "peers": 2, "epochs": 5, "target": 96, "pace_s": 0.1, "folder": str(tmp_path),
+        "initial_peers": [],
+    }  # fmt: skip
+
+    def one(role: str, rank: int = 0, peers: str = "") -> Peer:
+        return start([json.dumps({**options, "role": role, "rank": rank})], peers, script=AGREEMENT)
+
+    if kind == "dora":
+        one("base").results()
+    first = one("peer")
+    second = one("peer", 1, first.address())
+    results = [peer.result() for peer in (first, second)]
+    assert results[0]["files"] == results[1]["files"]
+    assert {"model.safetensors", "adapter_model.safetensors"} & results[0]["files"].keys()
+    assert "optimizer.pt" in results[0]["files"]
+    before, alone = one("alone").result()
+    assert alone < 0.95 * before
+    for result in results:
+        assert result["loss"] == pytest.approx(alone, rel=0.01)
+
+
 def test_dora_peers_send_only_adapters_and_pending_updates_are_applied_before_saving(start: Start) -> None:
     # Delayed, as hivemind has it by default: in one run peers were saved 3.8% apart.
     # Coded, they end with the same bits all the same.
@@ -194,7 +221,8 @@ def test_what_was_silently_wrong_alone_is_right_now(start: Start, tmp_path: Path
         "initial_peers": ["/ip4/127.0.0.1/tcp/9/p2p/12D3KooWGDvW7yeufqF9FZiPgvvkZusHwmaZHQR4RrRRHCBoXJPz"]
     }
     broken = {"args": swarm("broken", epochs=2), "fail_at": 3}
-    results = start([whole, resumed, plain, warm, local, never, gone, broken]).results()
+    alone = start([whole, resumed, plain, warm, local, never, gone, broken])
+    results = alone.results()
     whole_, resumed_, plain_, warm_, local_, never_, gone_, broken_ = results
     # Resumed at the epoch and with the weights of the checkpoint, not the initial ones. An epoch may end some steps
     # early, as hivemind estimates on a busy machine when the others will be there: no count of steps is asked.
@@ -206,6 +234,8 @@ def test_what_was_silently_wrong_alone_is_right_now(start: Start, tmp_path: Path
     assert local_["rounds"][-1]["swarm_epoch"] == 3
     assert (never_["error"], gone_["error"], broken_["error"]) == ("ConfigError", "ServiceError", "RuntimeError")
     assert "would never be updated" in never_["message"]
+    # Whoever is alone is told so in the end, once for each training.
+    assert alone.text.count("rounds was averaged with anybody: no other peer came") == 4
     assert "/ip4/127.0.0.1/tcp/9/p2p/" in gone_["message"]
 
 

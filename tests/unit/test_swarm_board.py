@@ -169,7 +169,8 @@ class End:
                 on_wait.pop(0)()  # type: ignore[operator]
 
         return self.board.settle(
-            state=lambda: (10, self.digest, self.samples), download=download, keep_sharing=lambda on: setattr(self, "shares", on),
+            state=lambda: (10, self.digest, self.samples), download=download,
+            keep_sharing=lambda on: setattr(self, "shares", on),
             deadline_s=5.0, wait=wait, clock=lambda: self.now,
         )  # fmt: skip
 
@@ -199,7 +200,8 @@ def test_a_newcomer_of_the_last_epoch_takes_the_state_of_who_finished_it(records
 def test_nobody_downloads_before_everyone_has_ended(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "y")]))
     a.board._publish_ending(10, "x", 96)
-    assert b.settle(on_wait=[lambda: c.board._publish_ending(10, "y", 96), lambda: a.board._publish_ending(10, "y", 96)])
+    later = [lambda: c.board._publish_ending(10, "y", 96), lambda: a.board._publish_ending(10, "y", 96)]
+    assert b.settle(on_wait=list(later))
     assert b.downloads == 0
     for end in (a, b, c):
         end.board.close()
