@@ -155,7 +155,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     @property
     def trained_samples(self) -> int:
         """Of the whole group, that our last step was of; 0: we have made none since we loaded a state."""
-        return self._own_samples if self._group_samples is None else self._group_samples
+        return self._group_samples or self._own_samples  # where no part was ours to reduce, the group's are not known
 
     def share_state(self, shared: bool) -> None:
         """Let others download our state, or not."""
@@ -288,6 +288,12 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         looked_for = state is not None and not state.triggered and not state.done() and not _is_formed(state)
         return bool(looked_for) and now - self._waits_since < self.matchmaking_time
 
+    def _is_left_behind(self) -> bool:
+        """Whether others have ended our epoch, and no group of ours is about to."""
+        if self.grad_averager is None or self.tracker.global_epoch <= self.local_epoch:
+            return False
+        return self.scheduled_grads is None or not _is_formed(self.scheduled_grads)
+
     def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
         if not _all_finite(list(self.grad_averager._grads_from_parameters())):
             logger.warning("swarm: a gradient is not finite: these %d samples are left out", batch_size)
@@ -309,10 +315,11 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                     gradient.zero_()
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
+        if self._is_left_behind():  # a step alone would be one that nobody else makes
+            logger.warning("swarm: the others went on to epoch %d without us", self.tracker.global_epoch)
+            self.load_state_from_peers()
+            return
         if self._goes_on():
-            if self.tracker.global_epoch > self.local_epoch:  # the others have averaged without us
-                logger.warning("swarm: the others went on to epoch %d without us", self.tracker.global_epoch)
-                self.load_state_from_peers()
             return
         self._waits_since = None
         samples, sent, began = self.tracker.global_progress.samples_accumulated, self._sent_bytes(), time.perf_counter()

@@ -235,7 +235,7 @@ def test_what_was_silently_wrong_alone_is_right_now(start: Start, tmp_path: Path
     assert (never_["error"], gone_["error"], broken_["error"]) == ("ConfigError", "ServiceError", "RuntimeError")
     assert "would never be updated" in never_["message"]
     # Whoever is alone is told so in the end, once for each training.
-    assert alone.text.count("rounds was averaged with anybody: no other peer came") == 4
+    assert alone.text.count("rounds was averaged with anybody: nobody else took part") == 4
     assert "/ip4/127.0.0.1/tcp/9/p2p/" in gone_["message"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import io
 import time
 import types
 import warnings
@@ -160,3 +161,77 @@ def test_a_swarm_that_gives_no_state_is_asked_for_a_bounded_time() -> None:
         ServiceError, match=r"for 61 s no peer gave us the swarm's state \(it is at epoch 9, we are at 3\)"
     ):
         optimizer.load_state_from_peers()
+
+
+class Source:
+    """A state averager to whom a peer gives its state of ``epoch``."""
+
+    local_epoch, state_sharing_priority = 3, 3
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def step(self, **kwargs: bool) -> None: ...
+    def relink(self) -> None: ...
+    def _update_scheduler(self) -> None: ...
+    def download(self, timeout_s: float) -> bool:
+        self.local_epoch = self._epoch
+        return True
+
+
+@pytest.mark.parametrize("epoch", [8, 9])
+def test_who_loads_a_state_made_no_step_and_is_asked_after_those_who_have_the_newest(epoch: int) -> None:
+    optimizer, source = object.__new__(engine.SwarmOptimizer), Source(epoch)
+    optimizer.__dict__.update(
+        _parent_pid=0, scheduled_grads=None, state_averager=source, tracker=Tracker(), grad_averager=None,
+        client_mode=False, averaging_timeout=1.0, load_state_timeout=60.0, _failed_downloads=0, _own_samples=8,
+        _group_samples=96,
+    )  # fmt: skip
+    assert optimizer.trained_samples == 96
+    optimizer.load_state_from_peers()
+    assert optimizer.trained_samples == 0
+    assert (source.local_epoch, source.state_sharing_priority) == (9, epoch)
+
+
+def test_a_step_alone_or_of_a_group_that_is_not_known_is_of_our_own_samples() -> None:
+    optimizer = object.__new__(engine.SwarmOptimizer)
+    optimizer.__dict__.update(_parent_pid=0, state_averager=types.SimpleNamespace(), _own_samples=8)
+    for group in (None, 0):
+        optimizer._group_samples = group
+        assert optimizer.trained_samples == 8
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_a_mean_that_is_not_finite_is_not_stepped_with(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offloaded: bool
+) -> None:
+    weight, averaged = torch.nn.Parameter(torch.zeros(2)), torch.tensor([1.0, float("inf")])
+    weight.grad = averaged if offloaded else averaged.clone()
+    optimizer = object.__new__(engine.SwarmOptimizer)
+    optimizer.__dict__.update(
+        _parent_pid=0, _group_size=None, _group_samples=None,
+        state_averager=types.SimpleNamespace(optimizer=torch.optim.SGD([weight])),
+        grad_averager=types.SimpleNamespace(get_tensors=lambda: contextlib.nullcontext([averaged])),
+    )  # fmt: skip
+    monkeypatch.setattr(engine.hivemind.Optimizer, "_average_gradients_and_load_into_optimizer", lambda *_: None)
+    optimizer._average_gradients_and_load_into_optimizer(None)
+    assert weight.grad.tolist() == [0.0, 0.0]
+    assert "not finite" in caplog.text
+
+
+def test_equal_states_are_equal_files_in_whatever_order_they_came() -> None:
+    def saved(hasty: bool) -> bytes:
+        weight = torch.nn.Parameter(torch.ones(3))
+        inner = with_state(torch.optim.AdamW([weight]))
+        if hasty:  # as one that was downloaded comes
+            state = inner.state[weight]
+            inner.state[weight] = {name: state[name] for name in sorted(state)}
+            inner.param_groups[0] = {name: inner.param_groups[0][name] for name in reversed(inner.param_groups[0])}
+        optimizer = object.__new__(engine.SwarmOptimizer)
+        optimizer.__dict__.update(_parent_pid=0, state_averager=types.SimpleNamespace(optimizer=inner, local_epoch=3))
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        assert torch.load(io.BytesIO(file.getvalue()))["state"]["local_epoch"] == 3
+        return file.getvalue()
+
+    assert saved(True) == saved(False)

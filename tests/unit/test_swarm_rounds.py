@@ -20,7 +20,7 @@ ALONE = RunReport(
 @pytest.mark.parametrize(
     ("change", "cause", "fix"),
     [
-        ({}, "not one of 4 rounds.*no other peer came", "Others join with the line.*PEERS.*the same run_id"),
+        ({}, "not one of 4 rounds.*nobody else took part", "Others join with the line.*PEERS.*the same run_id"),
         ({"most_peers": 3}, "3 peers were there: they found no group", r"Raise matchmaking_time \(now 5 s\)"),
         (
             {"rounds": 0, "epoch": 0, "samples": 40},

@@ -119,12 +119,21 @@ def test_a_call_to_another_group_than_ours_is_not_heard() -> None:
         assert not waiting._is_called()
 
 
-def test_who_was_left_behind_loads_what_the_others_have() -> None:
-    control, loaded = Control(), []
+@pytest.mark.parametrize("control", [None, Control(), Control(ended=True)], ids=["no group", "looking", "failed"])
+def test_who_was_left_behind_loads_what_the_others_have(control: Control | None) -> None:
+    loaded: list[bool] = []
     waiting = optimizer(control, epoch=4)
     waiting.load_state_from_peers = lambda: loaded.append(True)
     waiting._update_global_epoch(None)
     assert loaded == [True]
+
+
+def test_who_has_a_group_of_the_same_epoch_steps_with_it() -> None:
+    assert not optimizer(Control(stage=FORMED), epoch=4)._is_left_behind()
+    assert not optimizer(None)._is_left_behind()
+    local = optimizer(None, epoch=4)
+    local.grad_averager = None  # with local updates, everyone steps alone
+    assert not local._is_left_behind()
 
 
 class Meeting:
