@@ -62,7 +62,7 @@ class Outcome:
 def run(model: str, kind: str, peers: int, epochs: int, folder: Path) -> Outcome:
     options: dict[str, Any] = {
         "model": model, "kind": kind, "peers": peers, "epochs": epochs, "target": 192, "pace_s": 0.05 * peers,
-        "folder": str(folder), "initial_peers": [],
+        "base_steps": 48, "folder": str(folder), "initial_peers": [],
     }  # fmt: skip
     if kind == "dora":
         save_base(options)

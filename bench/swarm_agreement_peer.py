@@ -180,7 +180,8 @@ def save_base(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     folder = Path(options["folder"])
     args = TrainingArguments(
-        **shared(folder / "old"), per_device_train_batch_size=96, save_strategy="no", max_steps=48, data_seed=0
+        **shared(folder / "old"), per_device_train_batch_size=96, save_strategy="no",
+        max_steps=options["base_steps"], data_seed=0,
     )  # fmt: skip
     trainer = Trainer(model=new_model(options["model"]), train_dataset=draws(4096, seed=0, table=1), args=args)
     trainer.train()

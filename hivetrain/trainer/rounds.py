@@ -75,8 +75,8 @@ class RunReport:
         if self.rounds:
             return (
                 f"not one of {self.rounds} rounds was averaged with anybody: nobody else took part, and this model "
-                "has learned from our data alone. Others join with the line that was printed at the start (initial_peers "
-                "or PEERS), the same run_id, and a port of ours that they can reach"
+                "has learned from our data alone. Others join with the line that was printed at the start "
+                "(initial_peers or PEERS), the same run_id, and a port of ours that they can reach"
             )
         if self.joined and self.epoch:
             return (

@@ -149,8 +149,8 @@ def test_two_peers_save_the_same_files_and_have_the_loss_of_one_process_with_the
     start: Start, tmp_path: Path, model: str, kind: str
 ) -> None:
     options = {
-        "model": model, "kind": kind, "peers": 2, "epochs": 5, "target": 96, "pace_s": 0.1, "folder": str(tmp_path),
-        "initial_peers": [],
+        "model": model, "kind": kind, "peers": 2, "epochs": 4, "target": 64, "base_steps": 24, "pace_s": 0.1,
+        "folder": str(tmp_path), "initial_peers": [],
     }  # fmt: skip
 
     def one(role: str, rank: int = 0, peers: str = "") -> Peer:
