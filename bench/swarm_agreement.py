@@ -27,7 +27,8 @@ from bench.swarm_agreement_peer import quiet, samples_of_rounds, save_base, trai
 
 GOAL = 0.01
 TIMEOUT_S = 300.0
-CASES = tuple((model, kind) for model in ("gpt2", "llama") for kind in ("full", "dora"))
+QUICK = (("gpt2", "full"), ("llama", "dora"))
+CASES = (*QUICK, ("gpt2", "dora"), ("llama", "full"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +127,13 @@ def start(options: dict[str, Any], log: Path) -> tuple[subprocess.Popen[bytes], 
 def main() -> int:
     options = arguments("final checkpoints of a swarm's peers, and their loss against one process")
     quiet()
-    sizes, epochs = ((2,), 8) if options.quick else ((2, 3), 24)
+    cases, sizes, epochs = (QUICK, (2,), 8) if options.quick else (CASES, (2, 3), 24)
     outcomes: list[Outcome] = []
     for peers in sizes:
-        for model, kind in CASES:
+        for model, kind in cases:
             with tempfile.TemporaryDirectory() as folder:
                 outcomes.append(run(model, kind, peers, epochs, Path(folder)))
-            print(f"{outcomes[-1]}", file=sys.stderr, flush=True)
+            print(outcomes[-1], file=sys.stderr, flush=True)
     table(
         f"{epochs} steps of a swarm against one process (held-out loss, nats per token)",
         ("case", "before", "swarm", "one process", "difference", "by chance", "samples per round", "all in the round",

@@ -166,8 +166,10 @@ def test_two_peers_save_the_same_files_and_have_the_loss_of_one_process_with_the
     assert "optimizer.pt" in results[0]["files"]
     before, alone = one("alone").result()
     assert alone < 0.95 * before
+    # A round without one of them, as on a busy machine, is not the one that is compared with.
+    together = all(members == 2 for result in results for _, members, _ in result["rounds"])
     for result in results:
-        assert result["loss"] == pytest.approx(alone, rel=0.01)
+        assert result["loss"] == pytest.approx(alone, rel=1e-4 if together else 0.01)
 
 
 def test_dora_peers_send_only_adapters_and_pending_updates_are_applied_before_saving(start: Start) -> None:
