@@ -34,6 +34,7 @@ from hivetrain.trainer.rounds import RoundReport
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 30.0
+LEFT_BEHIND_TRIES = 3
 EARLY = 1.5  # times the matchmaking, before the swarm is expected to have its samples: a group is looked for
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
@@ -289,8 +290,10 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         return bool(looked_for) and now - self._waits_since < self.matchmaking_time
 
     def _is_left_behind(self) -> bool:
-        """Whether others have ended our epoch, and no group of ours is about to."""
+        """Whether others have ended our epoch, no group of ours is about to, and they may give us their state."""
         if self.grad_averager is None or self.tracker.global_epoch <= self.local_epoch:
+            return False
+        if self._failed_downloads >= LEFT_BEHIND_TRIES:  # who ended it may be gone: with local gradients, then
             return False
         return self.scheduled_grads is None or not _is_formed(self.scheduled_grads)
 
@@ -326,6 +329,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._group_size = self._group_samples = None
         self._own_samples = 0 if self.grad_averager is None else self.grad_averager.local_samples_accumulated
         super()._update_global_epoch(grad_scaler)
+        self._failed_downloads = 0
         peers = self._group_size
         if peers is None:  # averaged in the background, or local updates: as many as the swarm counts
             peers = max(1, self.tracker.global_progress.num_peers)

@@ -257,8 +257,5 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
 def _in_words(optimizer_cls: type, settings: dict[str, Any], args: SwarmArguments) -> str:
     shown = {name: value for name, value in sorted(settings.items()) if name != "lr"}
     listed = ", ".join(f"{name}={value}" for name, value in shown.items())
-    return (
-        f"{optimizer_cls.__name__}({listed}), weight_decay={args.weight_decay:g}, max_grad_norm={args.max_grad_norm:g}"[
-            :1000
-        ]
-    )
+    decay, clip = f"weight_decay={args.weight_decay:g}", f"max_grad_norm={args.max_grad_norm:g}"
+    return f"{optimizer_cls.__name__}({listed}), {decay}, {clip}"[:1000]

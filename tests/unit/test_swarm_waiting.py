@@ -51,7 +51,7 @@ def optimizer(gradients: Control | None, state: Control | None = None, peers: in
     made = object.__new__(engine.SwarmOptimizer)
     made.__dict__.update(
         _parent_pid=0, scheduled_grads=gradients, scheduled_state=state, grad_averager=object(), matchmaking_time=1e6,
-        _waits_since=None, _notes=Notes(), state_averager=types.SimpleNamespace(local_epoch=3),
+        _waits_since=None, _failed_downloads=0, _notes=Notes(), state_averager=types.SimpleNamespace(local_epoch=3),
         tracker=types.SimpleNamespace(
             global_progress=types.SimpleNamespace(num_peers=peers), global_epoch=epoch, ready_to_update_epoch=True
         ),
@@ -134,6 +134,15 @@ def test_who_has_a_group_of_the_same_epoch_steps_with_it() -> None:
     local = optimizer(None, epoch=4)
     local.grad_averager = None  # with local updates, everyone steps alone
     assert not local._is_left_behind()
+
+
+def test_who_is_given_no_state_after_some_tries_steps_alone() -> None:
+    waiting = optimizer(None, epoch=4)
+    for failed in range(engine.LEFT_BEHIND_TRIES):
+        waiting._failed_downloads = failed
+        assert waiting._is_left_behind()
+    waiting._failed_downloads = engine.LEFT_BEHIND_TRIES
+    assert not waiting._is_left_behind()
 
 
 class Meeting:
