@@ -210,7 +210,8 @@ class RecordsThread:
         there = last_record(self._store, self._repo, self._me, run_id, self._verify, now=now)
         if there is not None and (here is None or there.round > here.round):
             logger.info("taking up the averages of our record of round %d", there.round)
-            self._write_last(_Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after))
+            self._newest = _Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after)
+            self._write_last(self._newest)
             self._count_last()
             return there.after
         return here.after if here is not None else None

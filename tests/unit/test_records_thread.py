@@ -162,6 +162,21 @@ def test_averages_that_were_lost_are_taken_from_the_newest_record(store: Flaky, 
         assert other.previous(2) == ""
 
 
+def test_who_comes_back_with_an_older_folder_goes_on_from_its_newest_record_on_the_hub(
+    store: Flaky, tmp_path: Path
+) -> None:
+    ledger, first = Ledger(), thread_of(store, tmp_path)
+    first.put(ledger.round(0), {})
+    older = (tmp_path / "last.json").read_bytes()
+    first.put(ledger.round(1), {})
+    first.start()
+    first.close()
+    (tmp_path / "last.json").write_bytes(older)
+    again = thread_of(store, tmp_path)
+    assert again.recover(RUN_ID, NOW) == ledger.records[1].after
+    assert (again.previous(1), again.previous(0)) == (ledger.records[1].sha256(), "")
+
+
 def cut_off(tmp_path: Path) -> tuple[Ledger, Path]:
     """Two records that were put, the second one cut off before it was counted; and where that lies."""
     ledger = Ledger()
