@@ -204,12 +204,13 @@ class HubStore:
 
     def _clear_once(self, epoch: int, why_false: Callable[[Manifest], str | None]) -> str | None:
         tags, now = self._tags(), self._clock()
-        self._tagged_since = {commit: self._tagged_since.get(commit, now) for commit in tags.values()}
+        since = {commit: self._tagged_since.get(commit, now) for commit in tags.values()}
+        self._tagged_since = since  # another thread's `clear` may replace it any time
         commit = tags.get(epoch)
         if commit is None:
             return None
         try:
-            raw = self._read_manifest(commit, self._tagged_since[commit] + LOOK_AGAIN_S)
+            raw = self._read_manifest(commit, since[commit] + LOOK_AGAIN_S)
             why = why_false(make_ref(epoch, commit, raw).manifest)
         except (IntegrityError, HubNotFound) as exc:
             why = str(exc)

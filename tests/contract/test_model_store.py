@@ -294,6 +294,31 @@ def test_a_tag_whose_manifest_the_hub_does_not_show_yet_is_looked_at_twice(
     assert (store.epochs(), patience.waits) == ([1], [LOOK_AGAIN_S])
 
 
+class Meanwhile(dict[int, str]):
+    """Tags; what is due happens while they are looked through."""
+
+    def __init__(self, tags: dict[int, str], due: Callable[[], object]) -> None:
+        super().__init__(tags)
+        self._due = due
+
+    def get(self, key: int, default: str | None = None) -> str | None:  # type: ignore[override]
+        self._due()
+        return super().get(key, default)
+
+
+def test_tags_are_cleared_by_several_threads_at_once(hub: HubProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HubStore(endpoint=hub.url, repo=f"run/model-{next(_numbers)}")
+    store.publish(make_manifest(1, {}), {})
+    seen = store._tags()
+
+    def clear_when_there_is_none() -> None:
+        monkeypatch.setattr(store, "_tags", dict)
+        assert store.clear(1, lambda manifest: None) is None
+
+    monkeypatch.setattr(store, "_tags", lambda: Meanwhile(seen, clear_when_there_is_none))
+    assert store.clear(1, lambda manifest: "nobody may follow it") == "nobody may follow it"
+
+
 def test_prune_of_everything_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="keep"):
         store.prune(0)
