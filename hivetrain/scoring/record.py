@@ -157,7 +157,7 @@ class RoundRecord(_Frozen):
         shares: what the averages make of the pay, by hotkey.
         previous: sha256 of this validator's last record, "" for its first; its ``after`` is this one's ``before``.
         sources: sha256 of the records whose measures of the round before were taken in, by validator: whoever replaces
-            one of them afterwards makes nobody else a liar.
+            one of them afterwards makes nobody else a liar. Where there are none the file has no such field.
     """
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
@@ -181,11 +181,15 @@ class RoundRecord(_Frozen):
 
     def signed_bytes(self) -> bytes:
         """Every field but the signature, canonical JSON behind a tag."""
-        return b"hivetrain-checks/1\n" + _canonical(self.model_dump(mode="json", exclude={"signature"}))
+        return b"hivetrain-checks/1\n" + self._without("signature")
 
     def to_bytes(self) -> bytes:
         """The file."""
-        return _canonical(self.model_dump(mode="json"))
+        return self._without()
+
+    def _without(self, *names: str) -> bytes:
+        empty = () if self.sources else ("sources",)
+        return _canonical(self.model_dump(mode="json", exclude={*names, *empty}))
 
     def sha256(self) -> str:
         """Hex digest of the file."""

@@ -418,6 +418,17 @@ def test_strangers_files_do_not_crowd_out_those_who_are_known(ledger: Ledger) ->
     assert read_records(store, "a/b", 0, verify, ["../round-000000/" + VALIDATOR.hotkey], strangers=False) == ([], {})
 
 
+def test_a_record_without_sources_has_the_bytes_of_one_that_knows_no_such_field(ledger: Ledger) -> None:
+    first = ledger.round(0)
+    for raw in (first.to_bytes(), first.signed_bytes().split(b"\n", 1)[1]):
+        assert "sources" not in json.loads(raw)
+    assert parsed(first) == first
+    second = ledger.round(1, others=[first])
+    assert json.loads(second.to_bytes())["sources"] == {VALIDATOR.hotkey: first.sha256()}
+    assert parsed(second) == second
+    assert b"sources" in second.signed_bytes()
+
+
 def test_facts_survive_their_publication(ledger: Ledger) -> None:
     record = parsed(ledger.round(0, results={TWO: LIE}))
     facts = record.miners[TWO].facts()
