@@ -84,6 +84,9 @@ def follow_back(
         except ReadLimit as exc:
             unsure.append(f"{where} is not read any more: {exc}")
         else:
+            if earlier.run_id != record.run_id and earlier.sha256() != at.previous:
+                unsure.append(f"{where} is not at the hub, one of another run is: it cannot be followed past it")
+                break
             problems += follows(at, earlier)
             if not problems:
                 at = earlier

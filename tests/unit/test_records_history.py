@@ -107,6 +107,13 @@ def test_a_record_that_anybody_may_have_taken_away_or_written_over_is_nobodys_fa
     assert chain(hidden, records[3]).first == 2
 
 
+def test_its_record_of_another_run_in_place_of_one_is_nobodys_fault(store: MemoryStore) -> None:
+    records = history(store, Ledger(), range(4))
+    put(store, signed(records[1], run_id="cc" * 32))
+    where = "its record of round 1, which that of round 2 follows, is"
+    assert untold(store, records[3]) == f"{where} not at the hub, one of another run is: it cannot be followed past it"
+
+
 def test_a_record_that_was_replaced_after_another_followed_it_is_found(store: MemoryStore) -> None:
     ledger = Ledger()
     records = history(store, ledger, range(3))
