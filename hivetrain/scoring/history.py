@@ -122,7 +122,9 @@ def against_next(store: ArtefactReader, repo: str, record: RoundRecord, verify: 
 
 
 def _carried(record: RoundRecord, hotkey: str, scoring: Scoring) -> float:
-    """Which share of ``hotkey``'s average before ``record`` is in its average after it."""
+    """Which share of ``hotkey``'s average before ``record`` is in its average after it: none where it has none then."""
+    if hotkey not in record.after.entries:
+        return 0.0
     miner = record.miners.get(hotkey)
     return 1.0 if miner is None or miner.score is None else 1.0 - scoring.ema_alpha
 

@@ -155,6 +155,19 @@ def test_a_chain_is_followed_as_far_as_its_beginning_is_felt(monkeypatch: pytest
     assert chain(counting, ledger.records[-1]).first == 21
 
 
+def test_for_a_miner_that_came_new_a_chain_is_followed_a_cooldown_back(store: MemoryStore) -> None:
+    ledger = Ledger()
+    put(store, *[ledger.round(number, miners=MINERS[1:]) for number in range(30)])
+    put(store, *[ledger.round(number) for number in (30, 31)])
+    assert ONE not in ledger.records[29].after.entries
+    assert chain(store, ledger.records[-1]) == Chain(
+        length=SCORING.cooldown_rounds + 1, first=30 - SCORING.cooldown_rounds, problems=()
+    )
+    hidden = {record_path(29, VALIDATOR.hotkey): b"junk"}
+    store.publish_artefacts(REPO, CHECKS_BRANCH, hidden)
+    assert "its record of round 29" in untold(store, ledger.records[-1])
+
+
 def test_a_chain_without_end_is_followed_so_many_records_and_no_more(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
