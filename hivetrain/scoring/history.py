@@ -22,7 +22,7 @@ from hivetrain.identity import Verify
 from hivetrain.run import Scoring
 from hivetrain.scoring.average import AverageState
 from hivetrain.scoring.explain import follows
-from hivetrain.scoring.published import ReadLimit, read_record
+from hivetrain.scoring.published import BoundedReader, ReadLimit, read_record
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, parse_record_path
 
 EPSILON = 1e-6
@@ -31,6 +31,8 @@ MAX_CHAIN = 512
 """Records of a chain that are read at most, however slow the average."""
 MAX_LOOKED_AT = 4096
 """Files under a validator's name that are looked at: whoever can write to the hub can put anything there."""
+MAX_BYTES_LOOKED_AT = 1 << 30
+"""Bytes of such files that are read to find the newest record."""
 MAX_AHEAD = 64
 """Rounds by which a record may be ahead of the block that we see; what lies further ahead is no record."""
 
@@ -130,17 +132,20 @@ def _carried(record: RoundRecord, hotkey: str, scoring: Scoring) -> float:
 
 
 def last_record(
-    store: ArtefactReader, repo: str, validator: str, run_id: str, verify: Verify, *, now: int
+    store: ArtefactReader, repo: str, validator: str, run_id: str, verify: Verify, *, now: int, after: int = -1
 ) -> RoundRecord | None:
     """The newest record that ``validator`` has published of a run, None before its first.
 
     Args:
         now: the round under way. No junk under a later one hides a record.
+        after: a round up to which none is looked for.
 
     Raises:
         HubError: the hub does not answer.
+        ReadLimit: so much lies there that is not its own that nobody can tell.
     """
-    mine = _own_records(store, repo, validator, range(now + MAX_AHEAD + 1), verify)
+    reader = BoundedReader(store, max_files=MAX_LOOKED_AT, max_bytes=MAX_BYTES_LOOKED_AT)
+    mine = _own_records(reader, repo, validator, range(after + 1, now + MAX_AHEAD + 1), verify)
     return next((record for record in mine if record.run_id == run_id), None)
 
 

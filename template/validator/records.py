@@ -30,7 +30,7 @@ from hivetrain.run import Scoring
 from hivetrain.scoring import AverageState, Bandwidth, CheckResult, RoundFacts, Score, Unscored
 from hivetrain.scoring.explain import proves, two_receipts
 from hivetrain.scoring.history import last_record
-from hivetrain.scoring.published import read_records
+from hivetrain.scoring.published import ReadLimit, read_records
 from hivetrain.scoring.record import (
     CHECKS_BRANCH,
     MAX_RECORD_BYTES,
@@ -200,6 +200,7 @@ class RecordsThread:
 
         Raises:
             HubError: the hub does not answer.
+            ReadLimit: we have none here, and what lies under our name there is too much to find one.
         """
         self._run_id = run_id
         self._finish_put()
@@ -207,8 +208,18 @@ class RecordsThread:
         if here is not None and here.run_id != run_id:  # of a run before this one in the same folder
             here = self._newest = None
             (self._folder / "last.json").unlink(missing_ok=True)
-        there = last_record(self._store, self._repo, self._me, run_id, self._verify, now=now)
-        if there is not None and (here is None or there.round > here.round):
+        after = here.round if here is not None else -1
+        try:
+            there = last_record(self._store, self._repo, self._me, run_id, self._verify, now=now, after=after)
+        except ReadLimit as exc:
+            if here is None:  # to begin anew would break our own chain
+                raise ReadLimit(
+                    f"our newest record is not found: {exc}; remove what is not ours under {self._me} from the hub's "
+                    f"branch {CHECKS_BRANCH}, or bring {self._folder / 'last.json'} back"
+                ) from exc
+            logger.warning("going on from our record of round %d, and not looking for a newer one: %s", after, exc)
+            there = None
+        if there is not None:
             logger.info("taking up the averages of our record of round %d", there.round)
             self._newest = _Last(run_id=run_id, round=there.round, sha256=there.sha256(), after=there.after)
             self._write_last(self._newest)

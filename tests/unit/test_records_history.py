@@ -9,7 +9,7 @@ from hivetrain.hub.memory import MemoryStore
 from hivetrain.scoring import AverageState, MovingAverage, Unscored
 from hivetrain.scoring import history as history_module
 from hivetrain.scoring.history import MAX_AHEAD, Chain, against_next, follow_back, last_record
-from hivetrain.scoring.published import BoundedReader
+from hivetrain.scoring.published import BoundedReader, ReadLimit
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, record_path, sign_record
 from tests.keys import verify
 from tests.records_kit import MINERS, RUN_ID, SCORING, SECOND, VALIDATOR, Ledger
@@ -255,3 +255,19 @@ def test_the_newest_record_of_a_run_is_found(store: MemoryStore) -> None:
     store.publish_artefacts(REPO, CHECKS_BRANCH, {record_path(9, VALIDATOR.hotkey): b"junk"})
     assert last_record(store, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=9) == records[-1]
     assert last_record(store, REPO, VALIDATOR.hotkey, "cc" * 32, verify, now=9) is None
+
+
+def test_the_search_for_the_newest_record_is_bounded_in_rounds_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    records = history(counting, Ledger(), range(3))
+    counting.publish_artefacts(
+        REPO, CHECKS_BRANCH, {record_path(number, VALIDATOR.hotkey): bytes(1000) for number in range(3, 60)}
+    )
+    assert last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60, after=2) is None
+    assert counting.num_read == 57
+    assert last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60, after=1) == records[-1]
+    counting.num_read = 0
+    monkeypatch.setattr(history_module, "MAX_BYTES_LOOKED_AT", 10_500)
+    with pytest.raises(ReadLimit):
+        last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60)
+    assert counting.num_read == 11

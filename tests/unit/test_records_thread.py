@@ -13,7 +13,8 @@ import pytest
 from hivetrain.errors import Fault, HubError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.scoring import CheckResult, MovingAverage, RoundFacts, score_facts
-from hivetrain.scoring.published import read_records
+from hivetrain.scoring import history as history_module
+from hivetrain.scoring.published import ReadLimit, read_records
 from hivetrain.scoring.record import CHECKS_BRANCH, evidence_path, record_path
 from template.validator import records as records_module
 from template.validator.records import RecordsThread
@@ -175,6 +176,22 @@ def test_who_comes_back_with_an_older_folder_goes_on_from_its_newest_record_on_t
     again = thread_of(store, tmp_path)
     assert again.recover(RUN_ID, NOW) == ledger.records[1].after
     assert (again.previous(1), again.previous(0)) == (ledger.records[1].sha256(), "")
+
+
+def test_junk_without_end_makes_nobody_begin_anew(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "MAX_BYTES_LOOKED_AT", 10_000)
+    ledger, first = Ledger(), thread_of(store, tmp_path / "here")
+    first.put(ledger.round(0), {})
+    first.start()
+    first.close()
+    store.publish_artefacts(
+        REPO, CHECKS_BRANCH, {record_path(number, VALIDATOR.hotkey): bytes(3000) for number in range(1, 9)}
+    )
+    assert thread_of(store, tmp_path / "here").recover(RUN_ID, NOW) == ledger.records[0].after
+    with pytest.raises(ReadLimit, match="remove what is not ours"):
+        thread_of(store, tmp_path / "another machine").recover(RUN_ID, NOW)
 
 
 def cut_off(tmp_path: Path) -> tuple[Ledger, Path]:
