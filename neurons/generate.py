@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hivetrain.contribution import Terms
-from hivetrain.errors import ChainError, ConfigError
+from hivetrain.errors import ChainError, ConfigError, HubNotFound, IntegrityError
 from hivetrain.hub.client import HubDataset, HubStore
 from hivetrain.hub.dataset import DatasetFiles
 from hivetrain.hub.store import ModelStore
@@ -26,6 +26,9 @@ from template.anchor import candidates, find_base, parse_anchors
 from template.chain.client import Chain
 from template.chain.keys import verify
 from template.leader import Leaders
+
+MAX_TAGS = 64
+"""Tags that are looked at for an epoch of the run where the chain names none."""
 
 
 def generate(prompt: str, *, dir: Path, max_tokens: int, token: str | None = None, seed: int = 0) -> str:
@@ -70,15 +73,14 @@ def newest_epoch(store: ModelStore, terms: Terms, open_chain: Callable[[], Chain
     """The newest epoch that a miner would start from, and ""; without a chain the newest tag, and why it is in doubt.
 
     Raises:
-        IntegrityError: nothing that is anchored can be verified.
+        IntegrityError: nothing that is anchored can be verified; without a chain, no tag holds an epoch of the run.
         ServiceError: the hub does not answer.
     """
     try:
         with open_chain() as chain:
             metagraph, anchors = chain.metagraph(), parse_anchors(chain.commitments())
     except (ChainError, ConfigError) as exc:
-        newest = store.latest()
-        assert newest is not None  # a run has its epoch 0
+        newest = _newest_tag(store, terms.run_id)
         return (
             newest,
             f"the chain does not say which epoch is anchored, so epoch {newest.epoch} may be anybody's: {exc}",
@@ -103,6 +105,18 @@ def newest_epoch(store: ModelStore, terms: Terms, open_chain: Callable[[], Chain
     found = candidates(anchors, permitted, terms.run_id)
     after_all = max((one.block for one in found), default=0) + 1
     return find_base(found, after_all, store.resolve, acceptable), ""
+
+
+def _newest_tag(store: ModelStore, run_id: str) -> Ref:
+    """The newest tag that holds a manifest of the run: anybody with the hub's token can tag anything."""
+    for epoch in reversed(store.epochs()[-MAX_TAGS:]):
+        try:
+            ref = store.resolve(epoch)
+        except (HubNotFound, IntegrityError):
+            continue
+        if ref is not None and ref.manifest.run_id == run_id:
+            return ref
+    raise IntegrityError(f"none of the newest {MAX_TAGS} tags on the hub holds an epoch of run {run_id[:12]}")
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hivetrain.errors import IntegrityError
+from hivetrain.errors import HubNotFound, IntegrityError
 from hivetrain.hub.memory import MemoryStore
 from hivetrain.manifest import Manifest, Ref, state_message
 from hivetrain.run import Recipe
 from hivetrain.workbench import make_layout
-from neurons.generate import newest_epoch
+from neurons.generate import MAX_TAGS, newest_epoch
 from neurons.sources import PublishedTerms
 from template.anchor import Anchor
 from template.chain.client import Chain
@@ -101,3 +101,34 @@ def test_without_a_chain_the_newest_tag_is_taken_and_the_doubt_is_said(
     found, doubt = newest_epoch(store, TERMS, lambda: Chain(network="local", netuid=NETUID, chain_endpoint=nowhere))
     assert found == newest
     assert doubt.startswith("the chain does not say which epoch is anchored, so epoch 3 may be anybody's: ")
+
+
+class Tagged(MemoryStore):
+    """A hub on which somebody tagged commits without a manifest."""
+
+    def __init__(self, *false: int) -> None:
+        super().__init__()
+        self._false = false
+
+    def epochs(self) -> list[int]:
+        return [*super().epochs(), *self._false]
+
+    def resolve(self, epoch: int) -> Ref | None:
+        if epoch in self._false:
+            raise HubNotFound(f"no manifest.json at epoch {epoch}")
+        return super().resolve(epoch)
+
+
+def test_without_a_chain_no_tag_hides_the_newest_epoch_of_the_run(net: LocalChain, tmp_path: Path) -> None:
+    def without_chain(store: MemoryStore) -> Ref:
+        nowhere = f"sqlite://{tmp_path}/none/chain.db"
+        return newest_epoch(store, TERMS, lambda: Chain(network="local", netuid=NETUID, chain_endpoint=nowhere))[0]
+
+    store = Tagged(999_998, 999_999)
+    newest = published(net, store, 3)
+    published(net, store, 7, run_id="2" * 64)
+    assert without_chain(store) == newest
+    swamped = Tagged(*range(1000, 1000 + MAX_TAGS))
+    published(net, swamped, 3)
+    with pytest.raises(IntegrityError, match="none of the newest 64 tags"):
+        without_chain(swamped)
