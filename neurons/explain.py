@@ -134,7 +134,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         word = _word(source, reader, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
         word.known = record.validator in known
-        word.problems += [why for whose, why in against_manifest(record, manifest) if whose == hotkey]
+        word.problems += [why for whose, why in against_manifest(record, manifest) if whose in ("", hotkey)]
         found.words.append(word)
     for one, other in combinations([one for one in records if one.validator in known], 2):
         found.differences += compare(one, other, hotkey)
@@ -145,7 +145,8 @@ def _word(
     source: Source, reader: ArtefactReader, record: RoundRecord, hotkey: str, terms: PublishedTerms
 ) -> ValidatorsWord:
     again = recompute(record, terms.recipe.scoring, verify)
-    base = _base(source, record)
+    there = _base(source, record)
+    base = there if there is not None and there.manifest_sha256 == record.base_manifest else None
     found = [*again.problems, *against_recipe(record, terms, base)]
     said, score = record.miners[hotkey].published(), again.scores[hotkey]
     after = again.after.entries.get(hotkey)
@@ -162,8 +163,11 @@ def _word(
         problems=[why for whose, why in found if whose in ("", hotkey)],
         elsewhere=sum(1 for whose, _ in found if whose not in ("", hotkey)),
     )
-    if base is None:
+    if there is None:
         word.lines.append(f"epoch {record.epoch}, from which it started, is not kept any more")
+    elif base is None:
+        is_now, named = there.manifest_sha256[:12], record.base_manifest[:12]
+        word.unsure.append(f"epoch {record.epoch} is {is_now} at the hub, and not {named}, from which it started")
     for look in (_measures, _evidence, _chain):
         try:
             look(reader, source.repo, record, hotkey, terms, word)
@@ -173,7 +177,7 @@ def _word(
 
 
 def _base(source: Source, record: RoundRecord) -> Ref | None:
-    """The epoch that it says it started from; None where nothing, or nothing that is an epoch, lies there."""
+    """What lies as the epoch that it says it started from; None where nothing does, or nothing that is an epoch."""
     try:
         return source.store.resolve(record.epoch)
     except (HubNotFound, IntegrityError, ValueError):  # a record may name any epoch, and a tag hold anything

@@ -155,8 +155,12 @@ def follows(record: RoundRecord, previous: RoundRecord) -> list[str]:
 
 
 def against_manifest(record: RoundRecord, manifest: Manifest) -> list[tuple[str, str]]:
-    """Receipts of the epoch's members that are not those that its manifest names."""
-    return [
+    """Receipts of the epoch's members that are not those that its manifest names, and another base than its parent."""
+    problems: list[tuple[str, str]] = []
+    if record.epoch == manifest.epoch - 1 and record.base_manifest != manifest.parent:
+        words = f"it starts from {record.base_manifest[:12]}, but epoch {manifest.epoch} from {manifest.parent[:12]}"
+        problems.append(("", words))
+    return problems + [
         (hotkey, f"the epoch's manifest names receipt {digest[:12]}, the record holds {held.receipt.sha256()[:12]}")
         for hotkey, digest in manifest.receipts.items()
         if (held := record.miners.get(hotkey)) is not None
@@ -169,12 +173,9 @@ def against_recipe(record: RoundRecord, terms: Terms, base: Ref | None) -> list[
     """What in the record's receipts does not follow from the recipe, the base and the ranks, by hotkey.
 
     Args:
-        base: the epoch that the record starts from; None where it is not kept any more: its state, and who was in it,
-            are then not looked at.
+        base: the epoch that the record starts from. None where it is not kept any more, or another one took its place:
+            its state, and who was in it, are then not looked at.
     """
-    if base is not None and (base.epoch, base.manifest_sha256) != (record.epoch, record.base_manifest):
-        words = f"it starts from {record.base_manifest[:12]}, but epoch {base.epoch} is {base.manifest_sha256[:12]}"
-        return [("", words)]
     shared = Counter(miner.rank for miner in record.miners.values())
     problems = []
     for hotkey, miner in record.miners.items():

@@ -21,7 +21,7 @@ from hivetrain.contribution import Contribution
 from hivetrain.errors import Fault, HivetrainError, ServiceError
 from hivetrain.hub.client import HubStore, publish_dataset
 from hivetrain.hub.folder import FolderStore, mirror
-from hivetrain.manifest import Ref
+from hivetrain.manifest import Ref, parse_manifest
 from hivetrain.run import Recipe
 from hivetrain.scoring import AverageState, Bandwidth, MovingAverage, RoundFacts, score_facts
 from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
@@ -381,6 +381,21 @@ def test_what_is_missing_at_the_hub_makes_no_validator_a_liar(source: Source, tm
     assert (status, text.count("  UNDETERMINED: ")) == (0, 2)
     path.write_bytes(sign_record(following.model_copy(update={"sources": {}}), VALIDATOR).to_bytes())
     assert "names no record that it read it in" in explain(changed, 1, MINER.hotkey).words[0].problems[0]
+
+
+def test_a_base_that_was_replaced_at_the_hub_makes_no_validator_a_liar(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    path = copy / "epoch-000000" / "manifest.json"
+    base = parse_manifest(path.read_bytes())
+    path.write_bytes(base.model_copy(update={"nonce": "f" * 16, "state_hash": "0c" * 32}).to_bytes())
+    found = explain(changed, 1, MINER.hotkey)
+    (unsure,) = found.words[0].unsure
+    assert unsure.endswith(f"at the hub, and not {record.base_manifest[:12]}, from which it started")
+    assert found.holds, found.lines()
+    other = record.model_copy(update={"base_manifest": "0d" * 32})
+    (copy / record_path(ROUND, VALIDATOR.hotkey)).write_bytes(sign_record(other, VALIDATOR).to_bytes())
+    told = "\n".join(explain(changed, 1, MINER.hotkey).lines())
+    assert f"DIFFERS: it starts from 0d0d0d0d0d0d, but epoch 1 from {record.base_manifest[:12]}" in told
 
 
 @pytest.mark.parametrize("epoch", [7, 10**8, 2**53 - 1])

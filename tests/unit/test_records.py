@@ -172,9 +172,17 @@ def test_a_receipt_that_the_manifest_does_not_name_is_found(ledger: Ledger) -> N
     record = ledger.round(0)
     receipt = record.miners[ONE].receipt
     assert receipt is not None
-    manifest: Manifest = make_manifest(1, {})
+    manifest: Manifest = make_manifest(1, {}).model_copy(update={"parent": record.base_manifest})
     named = manifest.model_copy(update={"receipts": {ONE: receipt.sha256(), TWO: "ab" * 32, "stranger": "cd" * 32}})
     assert [whose for whose, _ in against_manifest(record, named)] == [TWO]
+
+
+def test_another_base_than_the_parent_that_the_manifest_names_is_found(ledger: Ledger) -> None:
+    record = ledger.round(0)
+    manifest: Manifest = make_manifest(1, {}).model_copy(update={"parent": "0d" * 32})
+    ((whose, why),) = against_manifest(record, manifest)
+    assert (whose, "but epoch 1 from 0d0d" in why) == ("", True)
+    assert against_manifest(record, manifest.model_copy(update={"epoch": 2})) == []  # it started from an older epoch
 
 
 def test_two_validators_are_compared() -> None:
