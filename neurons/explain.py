@@ -62,7 +62,11 @@ class ValidatorsWord:
 
 @dataclass(slots=True, kw_only=True)
 class Explanation:
-    """A miner's score of one epoch, as every validator gave it."""
+    """A miner's score of one epoch, as every validator gave it.
+
+    Attributes:
+        refused: what lies in the place of a known validator's record and is none that it signed, by validator.
+    """
 
     epoch: int
     round: int
@@ -75,11 +79,11 @@ class Explanation:
 
     @property
     def holds(self) -> bool:
-        """Whether every score of known validators is the recomputed one, and none of their records is forged.
+        """Whether every score of known validators is the recomputed one, as far as there are records that they signed.
 
         What nobody can tell any more contradicts nothing.
         """
-        return not self.refused and not any(word.problems for word in self.words if word.known)
+        return not any(word.problems for word in self.words if word.known)
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -101,7 +105,7 @@ class Explanation:
                 found.append(f"  note: {word.elsewhere} things do not hold for other miners")
             if not word.problems:
                 found.append("  the published score is the recomputed one")
-        found += [f"FORGED: {why}" for why in self.refused.values()]
+        found += [f"UNDETERMINED: {why}" for why in self.refused.values()]
         found += [f"validators differ: {line}" for line in self.differences]
         return found
 

@@ -398,6 +398,17 @@ def test_a_base_that_was_replaced_at_the_hub_makes_no_validator_a_liar(source: S
     assert f"DIFFERS: it starts from 0d0d0d0d0d0d, but epoch 1 from {record.base_manifest[:12]}" in told
 
 
+def test_junk_in_the_place_of_a_validators_record_makes_it_no_liar(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    named = dataclasses.replace(changed, named=frozenset({SILENT.hotkey}))
+    unsigned = record.model_copy(update={"validator": SILENT.hotkey}).to_bytes()
+    for junk, why in ((b"junk", "cannot be read"), (unsigned, "is forged")):
+        (copy / record_path(ROUND, SILENT.hotkey)).write_bytes(junk)
+        found = explain(named, 1, MINER.hotkey)
+        assert found.holds, found.lines()
+        assert found.lines()[-1].startswith(f"UNDETERMINED: the record of {SILENT.hotkey} for round {ROUND} {why}")
+
+
 @pytest.mark.parametrize("epoch", [7, 10**8, 2**53 - 1])
 def test_a_strangers_record_of_any_epoch_is_shown_and_costs_little(
     source: Source, tmp_path: Path, epoch: int, monkeypatch: pytest.MonkeyPatch
