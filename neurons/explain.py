@@ -195,11 +195,13 @@ def _measures(
     measured = record.miners[hotkey].measures
     before, _refused = read_records(reader, repo, record.round - 1, verify, measured, strangers=False)
     false, unsure = against_measures(record, hotkey, before)
-    if unsure:  # whoever replaced its own record names the first one in its next
-        beside, _refused = read_records(reader, repo, record.round, verify, measured, strangers=False)
-        false, unsure = against_measures(record, hotkey, before, beside)
     word.problems += false
-    word.unsure += unsure
+    try:
+        if unsure:  # whoever replaced its own record names the first one in its next
+            beside, _refused = read_records(reader, repo, record.round, verify, measured, strangers=False)
+            _, unsure = against_measures(record, hotkey, before, beside)
+    finally:  # what is found already does not wait for what is past a limit
+        word.unsure += unsure
 
 
 def _chain(
@@ -208,8 +210,9 @@ def _chain(
     """Follow the validator's records back."""
     chain = follow_back(reader, repo, record, hotkey, terms.recipe.scoring, verify)
     word.lines.append(f"it follows {chain.length} records of this validator, back to round {chain.first}")
-    word.problems += [*chain.problems, *against_next(reader, repo, record, verify)]
+    word.problems += chain.problems
     word.unsure += chain.unsure
+    word.problems += against_next(reader, repo, record, verify)
 
 
 def _evidence(

@@ -409,6 +409,34 @@ def test_junk_in_the_place_of_a_validators_record_makes_it_no_liar(source: Sourc
         assert found.lines()[-1].startswith(f"UNDETERMINED: the record of {SILENT.hotkey} for round {ROUND} {why}")
 
 
+def test_what_is_found_is_told_also_where_the_reader_stops_next(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    path = copy / record_path(ROUND, VALIDATOR.hotkey)
+    earlier = sign_record(record.model_copy(update={"round": ROUND - 1}), VALIDATOR)
+    before = copy / record_path(ROUND - 1, VALIDATOR.hotkey)
+    before.parent.mkdir()
+    before.write_bytes(earlier.to_bytes())
+    following = record.model_copy(update={"previous": "ab" * 32, "before": LATER})
+    path.write_bytes(sign_record(following, VALIDATOR).to_bytes())
+    monkeypatch.setattr(explain_module, "VALIDATOR_FILES", 1)
+    word = explain(changed, 1, MINER.hotkey).words[0]
+    assert f"the record before is {earlier.sha256()[:12]}, this one names abababababab" in word.problems
+    assert "1 files and 1024 MiB are read, and no more" in word.unsure[0]
+    bandwidth = record.miners[MINER.hotkey].bandwidth
+    assert bandwidth is not None
+    measures = {SILENT.hotkey: bandwidth, CHEAT.hotkey: bandwidth}
+    miners = {**record.miners, MINER.hotkey: record.miners[MINER.hotkey].model_copy(update={"measures": measures})}
+    read = record.model_copy(update={"miners": miners, "sources": {CHEAT.hotkey: "cd" * 32}})
+    path.write_bytes(sign_record(read, VALIDATOR).to_bytes())
+    monkeypatch.setattr(explain_module, "VALIDATOR_FILES", 2)
+    word = explain(changed, 1, MINER.hotkey).words[0]
+    said = f"it has a measure of {SILENT.hotkey[:8]}'s, and names no record that it read it in"
+    assert said in word.problems
+    assert "is not at the hub any more" in word.unsure[0]
+
+
 @pytest.mark.parametrize("epoch", [7, 10**8, 2**53 - 1])
 def test_a_strangers_record_of_any_epoch_is_shown_and_costs_little(
     source: Source, tmp_path: Path, epoch: int, monkeypatch: pytest.MonkeyPatch
