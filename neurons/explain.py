@@ -219,18 +219,25 @@ def _evidence(
     reader: ArtefactReader, repo: str, record: RoundRecord, hotkey: str, _: PublishedTerms, word: ValidatorsWord
 ) -> None:
     """Look for faults that the record says are proved, and whose evidence does not prove them."""
-    for check in record.miners[hotkey].checks:
-        if check.fault is None or check.fault not in PROVEN:
+    for fault in dict.fromkeys(check.fault for check in record.miners[hotkey].checks):
+        if fault is None or fault not in PROVEN:
             continue
-        files = {}
-        for proof in record.proofs:
-            if proof.hotkey == hotkey and proof.kind in EVIDENCE[check.fault]:
-                path = evidence_path(record.round, proof.sha256)
-                try:
-                    raw = reader.read_artefact(repo, CHECKS_BRANCH, path, MAX_EVIDENCE_BYTES)
-                except (HubNotFound, IntegrityError):
-                    continue
-                if hashlib.sha256(raw).hexdigest() == proof.sha256:
-                    files[proof.kind] = raw
-        if not proves(check.fault, hotkey, files, verify):
-            word.problems.append(f"{check.fault.value} is said, and what is published does not prove it")
+        # One of a kind: whoever names more than one is found by that, and costs no more reading.
+        of_it = [proof for proof in record.proofs if proof.hotkey == hotkey and proof.kind in EVIDENCE[fault]]
+        named = {proof.kind: proof.sha256 for proof in of_it}
+        files = {kind: _file_of(reader, repo, record.round, digest) for kind, digest in named.items()}
+        there = {kind: raw for kind, raw in files.items() if raw is not None}
+        gone = sorted(files.keys() - there.keys())
+        if gone:
+            word.unsure.append(f"{fault.value} is said, and its {', '.join(gone)} is not at the hub (any more)")
+        elif not proves(fault, hotkey, there, verify):
+            word.problems.append(f"{fault.value} is said, and what is published does not prove it")
+
+
+def _file_of(reader: ArtefactReader, repo: str, round_number: int, sha256: str) -> bytes | None:
+    """A file of evidence; None where it is not there, or something else is."""
+    try:
+        raw = reader.read_artefact(repo, CHECKS_BRANCH, evidence_path(round_number, sha256), MAX_EVIDENCE_BYTES)
+    except (HubNotFound, IntegrityError):
+        return None
+    return raw if hashlib.sha256(raw).hexdigest() == sha256 else None

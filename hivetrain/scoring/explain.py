@@ -116,11 +116,14 @@ def _miner_problems(
         problems.append(f"windows {list(miner.drawn)} were drawn, the coins say {list(drawn)}")
     if drawn and not miner.checks and not miner.ours:
         problems.append("it was drawn, and neither a result nor a failure of the validator's is published")
-    kinds = {proof.kind for proof in record.proofs if proof.hotkey == hotkey}
+    kinds = Counter(proof.kind for proof in record.proofs if proof.hotkey == hotkey)
+    problems += [
+        f"{number} proofs {kind} are published, and one says it" for kind, number in kinds.items() if number > 1
+    ]
     for check in miner.checks:
         if check.fault is None or check.fault not in EVIDENCE:
             continue
-        missing = EVIDENCE[check.fault] - kinds
+        missing = EVIDENCE[check.fault] - set(kinds)
         if missing:
             problems.append(f"{check.fault.value} is said, and {', '.join(sorted(missing))} not published")
     replayed = [check for check in miner.checks if check.windows]

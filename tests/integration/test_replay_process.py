@@ -23,8 +23,18 @@ from hivetrain.hub.client import HubStore, publish_dataset
 from hivetrain.hub.folder import FolderStore, mirror
 from hivetrain.manifest import Ref, parse_manifest
 from hivetrain.run import Recipe
-from hivetrain.scoring import AverageState, Bandwidth, MovingAverage, RoundFacts, score_facts
-from hivetrain.scoring.record import CHECKS_BRANCH, RoundRecord, evidence_path, record_folder, record_path, sign_record
+from hivetrain.scoring import AverageState, Bandwidth, CheckResult, MovingAverage, RoundFacts, score_facts
+from hivetrain.scoring.record import (
+    CHECKS_BRANCH,
+    MAX_EVIDENCE_BYTES,
+    RoundRecord,
+    evidence_path,
+    miner_record,
+    pack_evidence,
+    record_folder,
+    record_path,
+    sign_record,
+)
 from hivetrain.verification.challenge import Draw, draw
 from hivetrain.verification.judge import Answer, Judge
 from hivetrain.verification.receipt import sign_receipt
@@ -435,6 +445,64 @@ def test_what_is_found_is_told_also_where_the_reader_stops_next(
     said = f"it has a measure of {SILENT.hotkey[:8]}'s, and names no record that it read it in"
     assert said in word.problems
     assert "is not at the hub any more" in word.unsure[0]
+
+
+def accusing(source: Source, record: RoundRecord, evidence: dict[str, bytes]) -> tuple[RoundRecord, dict[str, bytes]]:
+    """``record``, in which the silent miner is said to have signed two receipts, with what follows from that."""
+    scoring, miner = source.terms().recipe.scoring, record.miners[SILENT.hotkey]
+    was = miner.facts()
+    assert isinstance(was, RoundFacts)
+    fact = dataclasses.replace(was, checks=(CheckResult(fault=Fault.DOUBLE_COMMIT),))
+    score = score_facts({SILENT.hotkey: fact}, scoring)[SILENT.hotkey]
+    miners = {**record.miners, SILENT.hotkey: miner_record(fact, score, receipt=None, rank=miner.rank)}
+    average = MovingAverage(None, scoring, record.before)
+    average.update(ROUND, {hotkey: one.published() for hotkey, one in miners.items()}, list(miners))
+    proofs, files = pack_evidence({SILENT.hotkey: evidence})
+    fields = {"miners": miners, "after": average.state, "shares": average.weights(), "proofs": proofs}
+    return record.model_copy(update=fields), {evidence_path(ROUND, digest): raw for digest, raw in files.items()}
+
+
+def test_evidence_that_is_missing_at_the_hub_makes_no_validator_a_liar(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    receipt = record.miners[MINER.hotkey].receipt
+    assert receipt is not None
+    one, other = (
+        sign_receipt(receipt.model_copy(update={"hotkey": SILENT.hotkey, "loss": loss}), SILENT).to_bytes()
+        for loss in (4.0, 5.0)
+    )
+    record, files = accusing(source, record, {"first_receipt": one, "second_receipt": other})
+    (copy / record_path(ROUND, VALIDATOR.hotkey)).write_bytes(sign_record(record, VALIDATOR).to_bytes())
+    for path, content in files.items():
+        (copy / path).write_bytes(content)
+    word = explain(changed, 1, SILENT.hotkey).words[0]
+    assert (word.problems, word.unsure) == ([], [])
+    second = next(copy / path for path, content in files.items() if content == other)
+    gone = ["double_commit is said, and its second_receipt is not at the hub (any more)"]
+    for junk in (b"junk", bytes(MAX_EVIDENCE_BYTES + 1)):
+        second.write_bytes(junk)
+        word = explain(changed, 1, SILENT.hotkey).words[0]
+        assert (word.problems, word.unsure) == ([], gone)
+    second.unlink()
+    word = explain(changed, 1, SILENT.hotkey).words[0]
+    assert (word.problems, word.unsure) == ([], gone)
+
+
+def test_evidence_that_proves_nothing_is_found_however_many_proofs_are_named(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain_module, "VALIDATOR_FILES", 4)
+    changed, copy, record = copied(source, tmp_path)
+    record, files = accusing(source, record, {"first_receipt": b"one", "second_receipt": b"other"})
+    for path, content in files.items():
+        (copy / path).write_bytes(content)
+    strange = [one.model_copy(update={"sha256": f"{at:064x}"}) for at in range(100) for one in record.proofs]
+    unproved = "double_commit is said, and what is published does not prove it"
+    named_twice = [f"101 proofs {kind} are published, and one says it" for kind in ("first_receipt", "second_receipt")]
+    for proofs, problems in ((record.proofs, [unproved]), ((*strange, *record.proofs), [*named_twice, unproved])):
+        lying = sign_record(record.model_copy(update={"proofs": proofs}), VALIDATOR)
+        (copy / record_path(ROUND, VALIDATOR.hotkey)).write_bytes(lying.to_bytes())
+        word = explain(changed, 1, SILENT.hotkey).words[0]
+        assert (word.problems, word.unsure) == (problems, [])
 
 
 @pytest.mark.parametrize("epoch", [7, 10**8, 2**53 - 1])

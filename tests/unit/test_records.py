@@ -297,6 +297,8 @@ def test_a_proof_that_is_said_must_be_published(ledger: Ledger) -> None:
     assert {proof.kind for proof in record.proofs} == {"first_receipt", "second_receipt"}
     assert proves(Fault.DOUBLE_COMMIT, THREE, verdict.evidence, verify)
     assert "first_receipt, second_receipt not published" in problems(resigned(record, proofs=()), THREE)
+    padded = (*record.proofs, record.proofs[0].model_copy(update={"sha256": "ab" * 32}))
+    assert "2 proofs first_receipt are published, and one says it" in problems(resigned(record, proofs=padded), THREE)
     same = {"first_receipt": first.to_bytes(), "second_receipt": first.to_bytes()}
     other = {**verdict.evidence, "second_receipt": signed_receipt(MINERS[2], 5, base_ref()).to_bytes()}
     for unproved in (same, other, {}, {**verdict.evidence, "first_receipt": b"{"}):
