@@ -199,7 +199,7 @@ def _measures(
     try:
         if unsure:  # whoever replaced its own record names the first one in its next
             beside, _refused = read_records(reader, repo, record.round, verify, measured, strangers=False)
-            _, unsure = against_measures(record, hotkey, before, beside)
+            unsure = against_measures(record, hotkey, before, beside)[1]
     finally:  # what is found already does not wait for what is past a limit
         word.unsure += unsure
 
