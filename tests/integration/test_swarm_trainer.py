@@ -165,7 +165,7 @@ def test_two_peers_save_the_same_files_and_have_the_loss_of_one_process_with_the
     assert {"model.safetensors", "adapter_model.safetensors"} & results[0]["files"].keys()
     assert "optimizer.pt" in results[0]["files"]
     before, alone = one("alone").result()
-    assert alone < 0.95 * before
+    assert alone < 0.98 * before
     # A round without one of them, as on a busy machine, is not the one that is compared with.
     together = all(members == 2 for result in results for _, members, _ in result["rounds"])
     for result in results:
