@@ -204,9 +204,9 @@ async def all_reduces(wan: Wan, folder: Path, codecs: Sequence[Codecs], repeats:
     return await asyncio.to_thread(measure)
 
 
-async def measure(repeats: int) -> dict[Codecs, Traffic]:
+async def measure(choices: Sequence[Codecs], repeats: int) -> dict[Codecs, Traffic]:
     """One round's traffic under each choice of codecs."""
-    codecs = [choice for choice in CODECS if set(choice) <= set(CODEC_NAMES)]
+    codecs = [choice for choice in choices if set(choice) <= set(CODEC_NAMES)]
     wan = Wan()
     with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
         try:
@@ -239,7 +239,7 @@ def needed(traffic: Traffic, schedule: Schedule) -> dict[str, int]:
 
 def run(quick: bool) -> list[Claim]:
     """Measure, print the table, and return the claims."""
-    results = asyncio.run(measure(1 if quick else 3))
+    results = asyncio.run(measure(CODECS[::2], 1) if quick else measure(CODECS, 3))
     has = dict(zip(("train", "commit", "verify", "all_reduce", "publish"), PRODUCTION.phase_blocks, strict=True))
     rows, claims = [], []
     for choice, traffic in results.items():
