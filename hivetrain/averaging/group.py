@@ -185,8 +185,7 @@ class GroupPlan:
     def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Chunks ``[start, stop)`` cut into runs of whole blocks that a processor's cache holds: 512 KiB of fp32.
 
-        What has to be done with a batch's bytes is done piece by piece: past the cache every look at them costs as much
-        as the work. Of 100 MB among four it is a tenth of the CPU time.
+        What has to be done with a batch's bytes is done piece by piece: past the cache each look at them is paid again.
         """
         size = self.block_chunks * max(1, PIECE_CHUNKS // self.block_chunks)
         return [(first, min(first + size, stop)) for first in range(start, stop, size)]
