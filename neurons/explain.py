@@ -138,7 +138,9 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         word = _word(source, reader, record, hotkey, terms)
         word.leads = record.validator == manifest.leader
         word.known = record.validator in known
-        word.problems += [why for whose, why in against_manifest(record, manifest) if whose in ("", hotkey)]
+        false, unsure = against_manifest(record, manifest, verify)
+        word.problems += [why for whose, why in false if whose in ("", hotkey)]
+        word.unsure += [why for whose, why in unsure if whose in ("", hotkey)]
         found.words.append(word)
     for one, other in combinations([one for one in records if one.validator in known], 2):
         found.differences += compare(one, other, hotkey)

@@ -80,7 +80,7 @@ def examine(record: RoundRecord) -> None:
         compare(honest, record, hotkey)
     follows(record, first)
     receipts = {one.hotkey: honest_receipt(one).sha256() for one in MINERS}
-    against_manifest(record, make_manifest(1, {}, nonce="0" * 16).model_copy(update={"receipts": receipts}))
+    against_manifest(record, make_manifest(1, {}, nonce="0" * 16).model_copy(update={"receipts": receipts}), verify)
     for records in ([honest, record], [record, honest], [first, record]):
         require(not two_receipts(records, verify), "convicts a miner of a second receipt that it never signed")
 

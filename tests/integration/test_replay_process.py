@@ -408,6 +408,24 @@ def test_a_base_that_was_replaced_at_the_hub_makes_no_validator_a_liar(source: S
     assert f"DIFFERS: it starts from 0d0d0d0d0d0d, but epoch 1 from {record.base_manifest[:12]}" in told
 
 
+def test_an_epoch_that_was_tagged_by_somebody_else_makes_no_validator_a_liar(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    path = copy / "epoch-000001" / "manifest.json"
+    epoch = parse_manifest(path.read_bytes())
+    fields = {"parent": "0d" * 32, "receipts": {MINER.hotkey: "ab" * 32}}
+    theirs = epoch.model_copy(update={**fields, "leader": SILENT.hotkey})
+    path.write_bytes(sign_manifest(theirs, SILENT).to_bytes())
+    named = dataclasses.replace(changed, named=frozenset({VALIDATOR.hotkey}))
+    found = explain(named, 1, MINER.hotkey)
+    assert (found.holds, found.words[0].known, found.words[0].problems) == (True, True, []), found.lines()
+    base, receipt = found.words[0].unsure
+    assert base.startswith(f"it starts from {record.base_manifest[:12]}, but epoch 1 from 0d0d0d0d0d0d by the manifest")
+    assert receipt.endswith("which the miner signed: it signed two, or there never was the other")
+    path.write_bytes(sign_manifest(epoch.model_copy(update=fields), VALIDATOR).to_bytes())  # one key signed both
+    found = explain(named, 1, MINER.hotkey)
+    assert (found.holds, len(found.words[0].problems), found.words[0].unsure) == (False, 2, [])
+
+
 def test_junk_in_the_place_of_a_validators_record_makes_it_no_liar(source: Source, tmp_path: Path) -> None:
     changed, copy, record = copied(source, tmp_path)
     named = dataclasses.replace(changed, named=frozenset({SILENT.hotkey}))

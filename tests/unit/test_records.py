@@ -168,21 +168,39 @@ def test_a_receipt_that_its_miner_did_not_sign_or_of_another_round_is_found(ledg
     assert "another run, round or base" in problems(lying(record, ONE, receipt=other), ONE)
 
 
-def test_a_receipt_that_the_manifest_does_not_name_is_found(ledger: Ledger) -> None:
+def test_a_receipt_that_its_own_manifest_does_not_name_is_found(ledger: Ledger) -> None:
     record = ledger.round(0)
     receipt = record.miners[ONE].receipt
     assert receipt is not None
-    manifest: Manifest = make_manifest(1, {}).model_copy(update={"parent": record.base_manifest})
+    manifest: Manifest = make_manifest(1, {}).model_copy(
+        update={"parent": record.base_manifest, "leader": VALIDATOR.hotkey}
+    )
     named = manifest.model_copy(update={"receipts": {ONE: receipt.sha256(), TWO: "ab" * 32, "stranger": "cd" * 32}})
-    assert [whose for whose, _ in against_manifest(record, named)] == [TWO]
+    ((whose, why),), unsure = against_manifest(record, named, verify)
+    assert (whose, why.startswith("the epoch's manifest names receipt abab"), unsure) == (TWO, True, [])
 
 
-def test_another_base_than_the_parent_that_the_manifest_names_is_found(ledger: Ledger) -> None:
+def test_another_base_than_the_parent_that_its_own_manifest_names_is_found(ledger: Ledger) -> None:
     record = ledger.round(0)
-    manifest: Manifest = make_manifest(1, {}).model_copy(update={"parent": "0d" * 32})
-    ((whose, why),) = against_manifest(record, manifest)
-    assert (whose, "but epoch 1 from 0d0d" in why) == ("", True)
-    assert against_manifest(record, manifest.model_copy(update={"epoch": 2})) == []  # it started from an older epoch
+    manifest: Manifest = make_manifest(1, {}).model_copy(update={"parent": "0d" * 32, "leader": VALIDATOR.hotkey})
+    ((whose, why),), unsure = against_manifest(record, manifest, verify)
+    assert (whose, "but epoch 1 from 0d0d" in why, unsure) == ("", True, [])
+    older = manifest.model_copy(update={"epoch": 2})
+    assert against_manifest(record, older, verify) == ([], [])  # it started from an older epoch
+
+
+def test_anothers_manifest_convicts_no_validator(ledger: Ledger) -> None:
+    forged = signed_receipt(MINERS[2], 0, base_ref()).model_copy(update={"loss": 4.4})
+    record = ledger.round(0, receipts={THREE: forged})
+    manifest: Manifest = make_manifest(1, {}).model_copy(
+        update={"parent": "0d" * 32, "leader": SECOND.hotkey, "receipts": {TWO: "ab" * 32, THREE: "cd" * 32}}
+    )
+    false, unsure = against_manifest(record, manifest, verify)
+    assert (false, [whose for whose, _ in unsure]) == ([], ["", TWO, THREE])
+    words = [why for _, why in unsure]
+    assert words[0].endswith(f"but epoch 1 from 0d0d0d0d0d0d by the manifest of {SECOND.hotkey[:8]}")
+    assert words[1].endswith("which the miner signed: it signed two, or there never was the other")
+    assert "signed two" not in words[2]  # the one in the record is not the miner's
 
 
 def test_two_validators_are_compared() -> None:
