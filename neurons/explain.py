@@ -129,7 +129,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
         in_mean=hotkey in manifest.members,
         refused=refused,
     )
-    known = source.validators(verify) | {manifest.leader}
+    known = source.validators(ref, verify)
     for_strangers = BoundedReader(source.store, max_files=STRANGER_FILES, max_bytes=STRANGER_BYTES)
     for record in sorted(records, key=lambda one: one.validator != manifest.leader):
         reader = for_strangers

@@ -44,7 +44,7 @@ class Source:
         repo: of the run on the hub.
         endpoint: of the hub, "" where none is named.
         label: where it is, for messages.
-        named: hotkeys that are known for validators beside those who led.
+        named: hotkeys that are known for validators beside those who led what is looked at.
     """
 
     store: HubStore | FolderStore
@@ -101,18 +101,32 @@ class Source:
             kept = f"it has {there[0]} to {there[-1]}" if there else "it has none yet"
             raise ConfigError(f"no epoch {epoch} in {self.label}; {kept}")
         manifest = ref.manifest
-        if not verify(manifest.leader, manifest.signed_bytes(), bytes.fromhex(manifest.leader_signature)):
+        try:
+            signature = bytes.fromhex(manifest.leader_signature)
+        except ValueError:  # whatever a stranger wrote there
+            signature = b""
+        if not verify(manifest.leader, manifest.signed_bytes(), signature):
             raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
         return ref
 
-    def validators(self, verify: Verify) -> frozenset[str]:
-        """Whom this place knows for validators: the leaders of its newest epochs, and those who were named."""
-        leaders = set()
-        for epoch in self.store.epochs()[-MAX_LEADERS:]:
+    def validators(self, ref: Ref, verify: Verify) -> frozenset[str]:
+        """Whom this place knows for validators: those who were named, who led ``ref``, and who led what it came from.
+
+        Whoever can write to the hub can tag an epoch of its own beside those: nothing in ``ref``'s chain of parents
+        names it, so its leader is nobody's validator by that.
+        """
+        leaders = {ref.manifest.leader}
+        for _ in range(MAX_LEADERS):
+            if ref.epoch <= 1:
+                break  # the genesis is no validator's
             try:
-                leaders.add(self.epoch(epoch, verify).manifest.leader)
-            except (ConfigError, HubNotFound, IntegrityError):  # a tag that nobody may follow
-                continue
+                parent = self.epoch(ref.epoch - 1, verify)
+            except (ConfigError, HubNotFound, IntegrityError):
+                break
+            if parent.manifest_sha256 != ref.manifest.parent:
+                break
+            ref = parent
+            leaders.add(ref.manifest.leader)
         return self.named | leaders
 
     def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
@@ -125,7 +139,7 @@ class Source:
             HivetrainError: there is none that holds.
         """
         number = ref.manifest.round
-        known = self.validators(verify) | {ref.manifest.leader}
+        known = self.validators(ref, verify)
         records, refused = read_records(self.store, self.repo, number, verify, known)
         refused = {validator: why for validator, why in refused.items() if validator in known}
         records = [record for record in records if record.run_id == ref.manifest.run_id]

@@ -176,9 +176,8 @@ def against_manifest(
     whose = "the epoch's manifest" if leads else f"the epoch's manifest, by {manifest.leader[:8]},"
     found: list[tuple[str, str]] = []
     if record.epoch == manifest.epoch - 1 and record.base_manifest != manifest.parent:
-        by = "" if leads else f" by the manifest of {manifest.leader[:8]}"
-        words = f"it starts from {record.base_manifest[:12]}, but epoch {manifest.epoch} from {manifest.parent[:12]}{by}"
-        found.append(("", words))
+        words = f"it starts from {record.base_manifest[:12]}, but epoch {manifest.epoch} from {manifest.parent[:12]}"
+        found.append(("", words if leads else f"{words} by the manifest of {manifest.leader[:8]}"))
     for hotkey, digest in manifest.receipts.items():
         held = record.miners.get(hotkey)
         if held is None or held.receipt is None or held.receipt.sha256() == digest:

@@ -44,6 +44,7 @@ from neurons.audit import run_audit
 from neurons.cli import app, main
 from neurons.explain import explain
 from neurons.sources import Source, open_source
+from template.chain.keys import WalletIdentity, verify
 from template.validator.collect import Collected
 from template.validator.publish import sign_manifest
 from template.validator.records import build_record
@@ -424,6 +425,38 @@ def test_an_epoch_that_was_tagged_by_somebody_else_makes_no_validator_a_liar(sou
     path.write_bytes(sign_manifest(epoch.model_copy(update=fields), VALIDATOR).to_bytes())  # one key signed both
     found = explain(named, 1, MINER.hotkey)
     assert (found.holds, len(found.words[0].problems), found.words[0].unsure) == (False, 2, [])
+
+
+def test_who_tags_an_epoch_of_its_own_is_no_validator_by_that(source: Source, tmp_path: Path) -> None:
+    changed, copy, record = copied(source, tmp_path)
+    lie = record.model_copy(update={"validator": SILENT.hotkey, "shares": {SILENT.hotkey: 1.0}})
+    (copy / record_path(ROUND, SILENT.hotkey)).write_bytes(sign_record(lie, SILENT).to_bytes())
+    first = changed.epoch(1, verify)
+
+    def tag(epoch: int, parent: str, leader: WalletIdentity, **fields: object) -> Ref:
+        manifest = first.manifest.model_copy(update={"epoch": epoch, "parent": parent})
+        signed = sign_manifest(manifest.model_copy(update={"leader": leader.hotkey}), leader)
+        path = copy / f"epoch-{epoch:06d}" / "manifest.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(signed.model_copy(update=fields).to_bytes())
+        return Ref(epoch=epoch, commit="c", manifest=parse_manifest(path.read_bytes()))
+
+    for parent in (first.manifest_sha256, "0d" * 32):
+        tag(2, parent, SILENT)
+        found = explain(changed, 1, MINER.hotkey)
+        assert [(word.validator, word.known) for word in found.words] == [
+            (VALIDATOR.hotkey, True),
+            (SILENT.hotkey, False),
+        ]
+        assert found.holds, found.lines()
+    second = tag(2, first.manifest_sha256, CHEAT)
+    assert changed.validators(first, verify) == {VALIDATOR.hotkey}
+    third = tag(3, second.manifest_sha256, MINER)
+    assert changed.validators(third, verify) == {VALIDATOR.hotkey, CHEAT.hotkey, MINER.hotkey}
+    tag(2, first.manifest_sha256, SILENT)  # no parent of the third
+    assert changed.validators(third, verify) == {MINER.hotkey}
+    unsigned = tag(2, first.manifest_sha256, SILENT, leader_signature="no hex")
+    assert changed.validators(tag(3, unsigned.manifest_sha256, MINER), verify) == {MINER.hotkey}
 
 
 def test_junk_in_the_place_of_a_validators_record_makes_it_no_liar(source: Source, tmp_path: Path) -> None:
