@@ -142,7 +142,7 @@ def last_record(
 
     Raises:
         HubError: the hub does not answer.
-        ReadLimit: so much lies there that is not its own that nobody can tell.
+        ReadLimit: so much lies there that is not its own, or of other runs, that nobody can tell.
     """
     reader = BoundedReader(store, max_files=MAX_LOOKED_AT, max_bytes=MAX_BYTES_LOOKED_AT)
     mine = _own_records(reader, repo, validator, range(after + 1, now + MAX_AHEAD + 1), verify)
@@ -160,7 +160,7 @@ def _own_records(
     """Records under ``validator``'s name that it signed, of ``rounds``, newest first."""
     named = (parse_record_path(path) for path in store.list_artefacts(repo, CHECKS_BRANCH, "checks"))
     found = {one[0] for one in named if one is not None and one[1] == validator and one[0] in rounds} - skip
-    for number in itertools.islice(sorted(found, reverse=True), MAX_LOOKED_AT):
+    for number in itertools.islice(sorted(found, reverse=True), MAX_LOOKED_AT + 1):  # the one past it meets the bound
         try:
             yield read_record(store, repo, number, validator, verify)
         except (HubNotFound, IntegrityError):

@@ -214,8 +214,8 @@ class RecordsThread:
         except ReadLimit as exc:
             if here is None:  # to begin anew would break our own chain
                 raise ReadLimit(
-                    f"our newest record is not found: {exc}; remove what is not ours under {self._me} from the hub's "
-                    f"branch {CHECKS_BRANCH}, or bring {self._folder / 'last.json'} back"
+                    f"our newest record is not found: {exc}; remove what is not ours, or is of another run, under "
+                    f"{self._me} from the hub's branch {CHECKS_BRANCH}, or bring {self._folder / 'last.json'} back"
                 ) from exc
             logger.warning("going on from our record of round %d, and not looking for a newer one: %s", after, exc)
             there = None

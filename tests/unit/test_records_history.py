@@ -257,6 +257,23 @@ def test_the_newest_record_of_a_run_is_found(store: MemoryStore) -> None:
     assert last_record(store, REPO, VALIDATOR.hotkey, "cc" * 32, verify, now=9) is None
 
 
+def test_more_files_than_are_looked_at_are_not_taken_for_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    records = history(counting, Ledger(), range(2))
+    monkeypatch.setattr(history_module, "MAX_LOOKED_AT", 10)
+    for last, found in ((10, records[-1]), (11, None)):  # nine tiny files newer than ours, then ten
+        junk = {record_path(number, VALIDATOR.hotkey): b"junk" for number in range(2, last + 1)}
+        counting.publish_artefacts(REPO, CHECKS_BRANCH, junk)
+        counting.num_read = 0
+        if found is not None:
+            assert last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60) == found
+        else:
+            with pytest.raises(ReadLimit, match="10 files"):
+                last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60)
+        assert counting.num_read == 10
+    assert last_record(counting, REPO, VALIDATOR.hotkey, RUN_ID, verify, now=60, after=1) is None  # ten, and no more
+
+
 def test_the_search_for_the_newest_record_is_bounded_in_rounds_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
     records = history(counting, Ledger(), range(3))

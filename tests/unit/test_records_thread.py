@@ -194,6 +194,19 @@ def test_junk_without_end_makes_nobody_begin_anew(
         thread_of(store, tmp_path / "another machine").recover(RUN_ID, NOW)
 
 
+def test_who_is_lost_in_its_own_records_of_another_run_is_told_to_remove_them(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "MAX_LOOKED_AT", 2)
+    ledger, older = Ledger(), thread_of(store, tmp_path / "here")
+    for number in range(3):
+        older.put(ledger.round(number), {})
+    older.start()
+    older.close()
+    with pytest.raises(ReadLimit, match=f"or is of another run, under {VALIDATOR.hotkey}"):
+        thread_of(store, tmp_path / "another run").recover("cc" * 32, NOW)
+
+
 def cut_off(tmp_path: Path) -> tuple[Ledger, Path]:
     """Two records that were put, the second one cut off before it was counted; and where that lies."""
     ledger = Ledger()
