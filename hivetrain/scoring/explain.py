@@ -162,18 +162,13 @@ def against_manifest(
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Receipts of the epoch's members that are not those that its manifest names, and another base than its parent.
 
-    A manifest is its leader's word. It shows the record false where that leader is the record's own validator; beside
-    another's, nobody can tell which of both is: a miner may have signed two receipts, and a tag may be anybody's.
-
-    Args:
-        manifest: with its leader's signature checked.
-        verify: checks miners' signatures.
+    A manifest, its signature checked, is its leader's word. It shows the record false where that is its own validator;
+    of another's, nobody can tell which of both is: a miner may have signed two receipts, and a tag may be anybody's.
 
     Returns:
         What is false, and what nobody can tell, in words, each with the hotkey that it concerns ("" for all of them).
     """
     leads = record.validator == manifest.leader
-    whose = "the epoch's manifest" if leads else f"the epoch's manifest, by {manifest.leader[:8]},"
     found: list[tuple[str, str]] = []
     if record.epoch == manifest.epoch - 1 and record.base_manifest != manifest.parent:
         words = f"it starts from {record.base_manifest[:12]}, but epoch {manifest.epoch} from {manifest.parent[:12]}"
@@ -182,9 +177,9 @@ def against_manifest(
         held = record.miners.get(hotkey)
         if held is None or held.receipt is None or held.receipt.sha256() == digest:
             continue
-        words = f"{whose} names receipt {digest[:12]}, the record holds {held.receipt.sha256()[:12]}"
+        words = f"the epoch's manifest names receipt {digest[:12]}, the record holds {held.receipt.sha256()[:12]}"
         if not leads and not receipt_problems(record, hotkey, held.receipt, verify):
-            words += ", which the miner signed: it signed two, or there never was the other"
+            words += f", which the miner signed: it signed two, or {manifest.leader[:8]} names one that never was"
         found.append((hotkey, words))
     return (found, []) if leads else ([], found)
 
