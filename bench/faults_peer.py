@@ -84,11 +84,12 @@ class Setup:
         """Every chunk of the mean of these senders, by definition, in plain torch."""
         codec, seed, chunk, found = get_codec(self.rounds[number][2]), rounding_seed(group_id), 0, []
         sent = {i: self.layout(codec.name).decode(self.payload(i, number) or b"") for i in senders}
-        total = torch.tensor(sum(weight(i) for i in senders))
+        weights = {i: 1.0 if len(senders) == 1 else weight(i) for i in senders}  # equal weights count as 1 (`robust`)
+        total = torch.tensor(sum(weights.values()))
         for name in SECTIONS:
             acc = torch.zeros(self.elements)
             for i in senders:
-                acc = acc + sent[i][name] * weight(i)
+                acc = acc + sent[i][name] * weights[i]
             mean = codec.decode(codec.encode(acc / total, seed + chunk), self.elements)
             found += list(torch.split(mean, CHUNK_ELEMENTS))
             chunk += -(-self.elements // CHUNK_ELEMENTS)
