@@ -10,6 +10,7 @@ without end; a gradient that is not finite and would be everyone's; Ctrl-C ignor
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import signal
@@ -304,12 +305,23 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         return bool(super()._check_and_accumulate_gradients(batch_size, grad_scaler))
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
-        super()._average_gradients_and_load_into_optimizer(maybe_step_control)
+        """Wait for the group's mean, and step with it; where there is none in time, with our own.
+
+        Ours is in the averager's tensors since the round began, which emptied the accumulators: hivemind would load
+        these a second time, and step with zeros.
+        """
         control = maybe_step_control
         self._group_size, self._group_samples = 1, None
-        if control is not None and control.done() and not control.cancelled() and control.exception() is None:
+        try:
+            control.result(self.averaging_timeout)
             self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
-        # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere.
+        except (Exception, asyncio.CancelledError) as exc:
+            logger.log(self.status_loglevel, "Proceeding with local gradients: no mean of the group: %r", exc)
+            if not control.done():  # it would write into the tensors when it finds a group after all
+                control.cancel()
+        self._load_averaged_gradients_into_optimizer_()
+        # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere. A round that
+        # is past its time holds them until it has all of its mean there, or none.
         gradients = [weight.grad for group in self.opt.param_groups for weight in group["params"]]
         with torch.no_grad(), self.grad_averager.get_tensors():
             if not _all_finite(gradients):

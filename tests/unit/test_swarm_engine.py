@@ -201,21 +201,100 @@ def test_a_step_alone_or_of_a_group_that_is_not_known_is_of_our_own_samples() ->
         assert optimizer.trained_samples == 8
 
 
-@pytest.mark.parametrize("offloaded", [True, False])
-def test_a_mean_that_is_not_finite_is_not_stepped_with(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offloaded: bool
-) -> None:
-    weight, averaged = torch.nn.Parameter(torch.zeros(2)), torch.tensor([1.0, float("inf")])
-    weight.grad = averaged if offloaded else averaged.clone()
+class Control:
+    """A step of the averager that gives ``mean``, or fails with ``error``; ``late``: and succeeds all the same."""
+
+    triggered = weight = None
+
+    def __init__(self, tensors: Any, mean: float | None, error: BaseException | None = None, late: bool = False) -> None:
+        self._tensors, self._mean, self._error = tensors, mean, error
+        self._late, self._ended, self._cancelled = late, False, False
+
+    def allow_allreduce(self) -> None:
+        self.triggered = True
+
+    def done(self) -> bool:
+        return self._ended
+
+    def exception(self) -> None: ...
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def result(self, timeout: float) -> dict[str, str]:
+        if self._mean is not None:
+            with self._tensors() as tensors:
+                tensors[0].fill_(self._mean)
+        self._ended = self._error is None or self._late
+        if self._error is not None:
+            raise self._error
+        return {"a": "told", "b": "told"}
+
+
+def in_a_round(offloaded: bool, **result: Any) -> Any:
+    """An optimizer that has begun to average gradients of 2 samples, 10.0 and 2.0."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    gradients = averager(weight)
+    for value in (10.0, 2.0):
+        weight.grad = torch.tensor([value])
+        gradients.accumulate_grads_(1)
+    if offloaded:
+        with gradients.get_tensors() as (mean,):
+            weight.grad = mean
+    control = Control(gradients.get_tensors, **result)
     optimizer = object.__new__(engine.SwarmOptimizer)
     optimizer.__dict__.update(
-        _parent_pid=0, _group_size=None, _group_samples=None,
+        _parent_pid=0, averaging_timeout=1.0, status_loglevel=20, offload_optimizer=offloaded, grad_averager=gradients,
+        _notes=types.SimpleNamespace(members=2, weight=5.0), _own_samples=2, scheduled_grads=control,
+        tracker=types.SimpleNamespace(global_progress=types.SimpleNamespace(num_peers=2)),
         state_averager=types.SimpleNamespace(optimizer=torch.optim.SGD([weight])),
-        grad_averager=types.SimpleNamespace(get_tensors=lambda: contextlib.nullcontext([averaged])),
     )  # fmt: skip
-    monkeypatch.setattr(engine.hivemind.Optimizer, "_average_gradients_and_load_into_optimizer", lambda *_: None)
-    optimizer._average_gradients_and_load_into_optimizer(None)
-    assert weight.grad.tolist() == [0.0, 0.0]
+    assert optimizer._begin_averaging_gradients(None)
+    return optimizer
+
+
+def gradient_of(optimizer: Any) -> list[float]:
+    return [float(weight.grad) for group in optimizer.opt.param_groups for weight in group["params"]]
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_a_round_that_succeeds_is_stepped_with_its_mean(offloaded: bool) -> None:
+    optimizer = in_a_round(offloaded, mean=7.0)
+    optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
+    assert gradient_of(optimizer) == [7.0]
+    assert (optimizer._group_size, optimizer.trained_samples) == (2, 5)
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+@pytest.mark.parametrize("error", [TimeoutError(), averagers.AllreduceException("no"), asyncio.CancelledError()], ids=repr)
+def test_a_round_that_fails_is_stepped_with_our_own_gradient(offloaded: bool, error: BaseException) -> None:
+    optimizer = in_a_round(offloaded, mean=None, error=error)
+    optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
+    assert gradient_of(optimizer) == [6.0]
+    assert optimizer.scheduled_grads.cancelled(), "else it would write into the gradients when it finds a group"
+    assert (optimizer._group_size, optimizer.trained_samples) == (1, 2)
+
+
+def test_a_round_that_succeeds_after_its_time_out_is_not_claimed_as_the_groups() -> None:
+    optimizer = in_a_round(True, mean=None, error=TimeoutError(), late=True)
+    optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
+    assert (optimizer._group_size, optimizer.trained_samples) == (1, 2)
+
+
+def test_ctrl_c_ends_the_wait_for_a_round() -> None:
+    optimizer = in_a_round(True, mean=None, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_a_mean_that_is_not_finite_is_not_stepped_with(offloaded: bool, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = in_a_round(offloaded, mean=float("inf"))
+    optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
+    assert gradient_of(optimizer) == [0.0]
     assert "not finite" in caplog.text
 
 
