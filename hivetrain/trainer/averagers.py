@@ -11,8 +11,10 @@ shapes; batches of different sizes weighed wrongly; processes that outlive the o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -217,12 +219,25 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             if running is not None and not running.done():
                 running.set_result(None)
 
+    async def _load_state_from_peers(self, future: Any, timeout: float | None = None) -> None:
+        # hivemind bounds each piece; nobody waits any more for what is not here in time, and another try may have begun.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(super()._load_state_from_peers(future, timeout=timeout), timeout)
+
     # In ours
 
-    def load_state_from_peers(self, **kwargs: Any) -> tuple[Any, Sequence[torch.Tensor]] | None:
-        state = super().load_state_from_peers(**kwargs)
+    def load_state_from_peers(
+        self, wait: bool = True, timeout: float | None = None
+    ) -> tuple[Any, Sequence[torch.Tensor]] | None:
         self.downloaded_epoch: int | None = None
+        began = time.monotonic()
+        try:
+            state = super().load_state_from_peers(wait=wait, timeout=timeout)
+        except TimeoutError:
+            state = None
         if state is None:
+            if timeout is not None and time.monotonic() - began >= timeout:
+                logger.warning("swarm: no peer's state came within %.0f s: raise load_state_timeout", timeout)
             return None
         metadata, tensors = state
         if problem := self._problem_of(metadata, tensors):

@@ -90,6 +90,7 @@ class Board:
         download: Callable[[], bool],
         keep_sharing: Callable[[bool], None],
         deadline_s: float,
+        download_s: float,
         wait: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> bool:
@@ -99,7 +100,8 @@ class Board:
             state: the epoch at which we ended, the hash of what we hold, and of how many samples its last step was.
             download: loads the newest state that is shared; whether that worked.
             keep_sharing: whether others may download ours.
-            deadline_s: how long to wait for the others to end; and then, how long for one state among those who did.
+            deadline_s: how long to wait for the others to end.
+            download_s: and then, how long for one state among those who did: whoever holds it stays for those who load it.
 
         Returns:
             Whether all who are here ended with one state; past the deadline, all who ended.
@@ -114,7 +116,7 @@ class Board:
                 expected = [ending.peer_id for ending in present]
             if agreed(found, expected):
                 return True
-            if late >= deadline_s:
+            if late >= download_s:
                 return False
             chosen = canonical(present)
             held = chosen is None or chosen.digest == mine.digest

@@ -223,7 +223,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 self._tag_along_with_zero_weight(control)
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
-            loaded = self.download(self.averaging_timeout)
+            loaded = self.download(self.load_state_timeout)
             held = self.local_epoch
             if loaded and self.tracker.global_epoch - 1 <= held < self.tracker.global_epoch:
                 self.state_averager.local_epoch = self.tracker.global_epoch

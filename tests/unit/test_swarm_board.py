@@ -171,7 +171,7 @@ class End:
         return self.board.settle(
             state=lambda: (10, self.digest, self.samples), download=download,
             keep_sharing=lambda on: setattr(self, "shares", on),
-            deadline_s=5.0, wait=wait, clock=lambda: self.now,
+            deadline_s=5.0, download_s=7.0, wait=wait, clock=lambda: self.now,
         )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_a_state_that_nobody_gives_is_not_waited_for_without_end(records: Record
     a, b = End(records, "a", 0, "x"), End(records, "b", 1, "y")
     a.board._publish_ending(10, "x", 96)
     assert not b.settle()
-    assert 10.0 <= b.now < 11.0
+    assert 12.0 <= b.now < 13.0
     for end in (a, b):
         end.board.close()
 

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from hivetrain.trainer import averagers, engine, node
 
 from hivetrain.errors import ConfigError, ServiceError
+from hivetrain.trainer import session
 from hivetrain.trainer.config import Reach, read_config
 from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.rounds import RoundReport
@@ -102,6 +103,61 @@ def test_a_state_of_another_shape_kind_or_with_nan_is_refused_before_anything_is
     assert "epoch" in problem(None, tensors)
 
 
+def state_averager() -> Any:
+    """One whose process is not there, so that nothing it is asked for comes."""
+    return averagers.SwarmStateAverager(
+        dht=None, prefix="test", client_mode=False, start=False, notes=averagers.Notes(), codec="fp32",
+        reach=Reach(host_maddrs=(), announce_maddrs=None), params=[torch.nn.Parameter(torch.ones(3))],
+        optimizer=lambda groups: with_state(torch.optim.AdamW(groups)), offload_optimizer=True, custom_gradients=True,
+    )  # fmt: skip
+
+
+def test_a_state_that_does_not_come_in_time_is_not_loaded_and_ends_no_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    waiting = state_averager()
+    waiting.downloaded_epoch = 7  # of an earlier download
+    assert waiting.download(0.01) is False
+    assert (waiting.downloaded_epoch, waiting.local_epoch) == (None, 0)
+    assert "raise load_state_timeout" in caplog.text
+
+
+def test_a_download_that_nobody_waits_for_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[float] = []
+
+    async def hiveminds(self: Any, future: Any, timeout: float) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(timeout)
+
+    monkeypatch.setattr(averagers.DecentralizedAverager, "_load_state_from_peers", hiveminds)
+    with asyncio.Runner() as runner:
+        runner.run(asyncio.wait_for(state_averager()._load_state_from_peers(None, timeout=0.01), 20))
+    assert ended == [0.01]
+
+
+def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
+    config = read_config({"opt": {"run_id": "a", "target_batch_size": 1, "load_state_timeout": 70.0}})
+    asked: list[float] = []
+
+    def download(timeout_s: float) -> bool:
+        asked.append(timeout_s)
+        return True
+
+    board = types.SimpleNamespace(
+        me=types.SimpleNamespace(swarm_epochs=3), others=list,
+        settle=lambda download, download_s, **_: download() and asked.append(download_s),
+    )  # fmt: skip
+    joining = session.Session(config, None, board, [types.SimpleNamespace(peer_id="a")])
+    joining.optimizer = types.SimpleNamespace(
+        local_epoch=3, download=download, share_state=bool, flush=list, digest=str, trained_samples=0
+    )
+    joining.adopt_state()
+    joining.settle()
+    assert asked == [pytest.approx(70.0, abs=5.0), 70.0, 70.0]
+
+
 def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:
     config = read_config(
         {"dht": {"host_maddrs": ["/ip4/localhost/tcp/x"]}, "opt": {"run_id": "a", "target_batch_size": 1}}
@@ -175,7 +231,7 @@ class Source:
     def relink(self) -> None: ...
     def _update_scheduler(self) -> None: ...
     def download(self, timeout_s: float) -> bool:
-        self.local_epoch = self._epoch
+        self.local_epoch, self.asked_s = self._epoch, timeout_s
         return True
 
 
@@ -190,7 +246,7 @@ def test_who_loads_a_state_made_no_step_and_is_asked_after_those_who_have_the_ne
     assert optimizer.trained_samples == 96
     optimizer.load_state_from_peers()
     assert optimizer.trained_samples == 0
-    assert (source.local_epoch, source.state_sharing_priority) == (9, epoch)
+    assert (source.local_epoch, source.state_sharing_priority, source.asked_s) == (9, epoch, 60.0)
 
 
 def test_a_step_alone_or_of_a_group_that_is_not_known_is_of_our_own_samples() -> None:
@@ -206,7 +262,9 @@ class Control:
 
     triggered = weight = None
 
-    def __init__(self, tensors: Any, mean: float | None, error: BaseException | None = None, late: bool = False) -> None:
+    def __init__(
+        self, tensors: Any, mean: float | None, error: BaseException | None = None, late: bool = False
+    ) -> None:
         self._tensors, self._mean, self._error = tensors, mean, error
         self._late, self._ended, self._cancelled = late, False, False
 
@@ -269,7 +327,9 @@ def test_a_round_that_succeeds_is_stepped_with_its_mean(offloaded: bool) -> None
 
 
 @pytest.mark.parametrize("offloaded", [True, False])
-@pytest.mark.parametrize("error", [TimeoutError(), averagers.AllreduceException("no"), asyncio.CancelledError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [TimeoutError(), averagers.AllreduceException("no"), asyncio.CancelledError()], ids=repr
+)
 def test_a_round_that_fails_is_stepped_with_our_own_gradient(offloaded: bool, error: BaseException) -> None:
     optimizer = in_a_round(offloaded, mean=None, error=error)
     optimizer._average_gradients_and_load_into_optimizer(optimizer.scheduled_grads)
