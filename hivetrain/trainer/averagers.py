@@ -220,7 +220,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
                 running.set_result(None)
 
     async def _load_state_from_peers(self, future: Any, timeout: float | None = None) -> None:
-        # hivemind bounds each piece; nobody waits any more for what is not here in time, and another try may have begun.
+        # hivemind bounds each piece. What is not here in time nobody waits for any more, and another try may begin.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(super()._load_state_from_peers(future, timeout=timeout), timeout)
 

@@ -87,6 +87,7 @@ class Board:
     def settle(
         self,
         state: Callable[[], tuple[int, str, int]],
+        shares: bool,
         download: Callable[[], bool],
         keep_sharing: Callable[[bool], None],
         deadline_s: float,
@@ -98,15 +99,16 @@ class Board:
 
         Args:
             state: the epoch at which we ended, the hash of what we hold, and of how many samples its last step was.
+            shares: whether others can download it, as they cannot in client mode.
             download: loads the newest state that is shared; whether that worked.
             keep_sharing: whether others may download ours.
             deadline_s: how long to wait for the others to end.
-            download_s: and then, how long for one state among those who did: whoever holds it stays for those who load it.
+            download_s: and then, for one state among those who did: whoever holds it stays for those who load it.
 
         Returns:
             Whether all who are here ended with one state; past the deadline, all who ended.
         """
-        until, mine = clock() + deadline_s, self._publish_ending(*state())
+        until, mine = clock() + deadline_s, self._publish_ending(*state(), shares)
         while True:
             expected = [self.me.peer_id, *(other.peer_id for other in self.others())]
             found = {ending.peer_id: ending for ending in self._endings()}
@@ -122,8 +124,11 @@ class Board:
             held = chosen is None or chosen.digest == mine.digest
             keep_sharing(held)
             # Whoever is still on its way to the end may hold the run's state: only then is it known.
-            if not held and len(present) == len(expected) and download():
-                mine = self._publish_ending(*state())
+            known = len(present) == len(expected)
+            if known and not any(ending.shares for ending in present):  # states differ, and stay so
+                return False
+            if not held and known and download():
+                mine = self._publish_ending(*state(), shares)
             else:
                 wait(POLL_S)
 
@@ -137,8 +142,8 @@ class Board:
         found = [Ending.from_wire(value) for value in self._directory.read(self._key("end"))]
         return [ending for ending in found if ending is not None]
 
-    def _publish_ending(self, epoch: int, digest: str, samples: int) -> Ending:
-        ending = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=digest, samples=samples)
+    def _publish_ending(self, epoch: int, digest: str, samples: int, shares: bool) -> Ending:
+        ending = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=digest, samples=samples, shares=shares)
         self._directory.publish(self._key("end"), ending.to_wire(), ENDING_S)
         return ending
 

@@ -159,9 +159,14 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         """Of the whole group, that our last step was of; 0: we have made none since we loaded a state."""
         return self._group_samples or self._own_samples  # where no part was ours to reduce, the group's are not known
 
+    @property
+    def can_share(self) -> bool:
+        """Whether others can download our state: nobody can dial us in client mode."""
+        return not self.client_mode
+
     def share_state(self, shared: bool) -> None:
         """Let others download our state, or not."""
-        if not self.client_mode:
+        if self.can_share:
             self.state_averager.allow_state_sharing = shared
 
     def flush(self) -> None:
@@ -320,8 +325,8 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             if not control.done():  # it would write into the tensors when it finds a group after all
                 control.cancel()
         self._load_averaged_gradients_into_optimizer_()
-        # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere. A round that
-        # is past its time holds them until it has all of its mean there, or none.
+        # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere. A late
+        # round holds them until all of its mean is there, or none.
         gradients = [weight.grad for group in self.opt.param_groups for weight in group["params"]]
         with torch.no_grad(), self.grad_averager.get_tensors():
             if not _all_finite(gradients):

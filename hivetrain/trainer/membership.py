@@ -5,8 +5,8 @@ fingerprint), and how they ended (epoch and hash of the state). Every peer reads
 
 At the end, peers that went through the same rounds can still differ in a last bit, or by a whole round that one of
 them missed: a member that fails goes on with its own gradients. So they compare hashes. The run's state is the one
-whose last step was of the most samples, and of equal ones the one that most hold; the others download it. Whoever came
-in the last epoch has the number of that epoch too, but not its work.
+whose last step was of the most samples, and of equal ones the one that most hold; the others download it, so somebody
+has to be able to share it. Whoever came in the last epoch has the number of that epoch too, but not its work.
 """
 
 from __future__ import annotations
@@ -63,27 +63,29 @@ class Ending:
         epoch: of the swarm.
         digest: hash of its weights and moments.
         samples: of all in the group, that its last step was of; 0: it made none since it loaded a state.
+        shares: whether others can download its state; in client mode they cannot.
     """
 
     peer_id: str
     epoch: int
     digest: str
     samples: int
+    shares: bool = True
 
     def to_wire(self) -> list[object]:
-        return [self.peer_id, self.epoch, self.digest, self.samples]
+        return [self.peer_id, self.epoch, self.digest, self.samples, self.shares]
 
     @classmethod
     def from_wire(cls, value: object) -> Ending | None:
         """The record that a stranger wrote, or None if it is none."""
         match value:
-            case [str(peer_id), int(epoch), str(digest), int(samples)] if (
+            case [str(peer_id), int(epoch), str(digest), int(samples), bool(shares)] if (
                 len(peer_id) <= MAX_TEXT
                 and len(digest) <= 128
                 and 0 <= epoch < MAX_EPOCHS
                 and 0 <= samples < MAX_SAMPLES
             ):
-                return cls(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples)
+                return cls(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples, shares=shares)
         return None
 
 
@@ -113,13 +115,15 @@ def require_same_run(me: Presence, others: Sequence[Presence], run_id: str) -> N
 def canonical(endings: Sequence[Ending]) -> Ending | None:
     """Whose state is the run's.
 
-    Of those at the newest epoch, the state whose last step was of the most samples; ties: that most hold; ties: of the
-    lowest peer id.
+    Of those at the newest epoch, and of these, if there are any, that a holder shares: the state whose last step was of
+    the most samples; ties: that most hold; ties: of the lowest peer id.
     """
     if not endings:
         return None
     newest = max(ending.epoch for ending in endings)
     last = [ending for ending in endings if ending.epoch == newest]
+    shared = {ending.digest for ending in last if ending.shares}
+    last = [ending for ending in last if ending.digest in shared or not shared]
     votes = Counter(ending.digest for ending in last)
     work = {digest: max(ending.samples for ending in last if ending.digest == digest) for digest in votes}
     best = max((work[digest], votes[digest]) for digest in votes)

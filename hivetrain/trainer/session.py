@@ -76,8 +76,8 @@ class Session:
             if time.monotonic() > until:
                 raise ServiceError(
                     f"the swarm's state could not be loaded from {', '.join(elder.peer_id for elder in self._elders)}: "
-                    "are these peers reachable from here, and at least one of them not in client mode? Where the state is "
-                    "large and the link slow, raise load_state_timeout"
+                    "are these peers reachable from here, and at least one of them not in client mode? A large state "
+                    "over a slow link needs a longer load_state_timeout"
                 )
             time.sleep(JOIN_TRIES_APART_S)
         self.optimizer.share_state(True)
@@ -88,13 +88,14 @@ class Session:
         if self._settled or self.epoch < self.swarm_epochs:
             return
         self._settled = True
-        timeout_s, load_s = self._config.seconds("averaging_timeout"), self._config.seconds("load_state_timeout")
+        load_s = self._config.seconds("load_state_timeout")
         try:
             agreed = self._board.settle(
                 state=lambda: (self.epoch, self.optimizer.digest(), self.optimizer.trained_samples),
+                shares=self.optimizer.can_share,
                 download=lambda: bool(self.optimizer.download(load_s)),
                 keep_sharing=self.optimizer.share_state,
-                deadline_s=timeout_s,
+                deadline_s=self._config.seconds("averaging_timeout"),
                 download_s=load_s,
             )
         except ServiceError as exc:
@@ -103,9 +104,7 @@ class Session:
         if agreed:
             logger.info("swarm: epoch=%d reached, everyone here holds state %s", self.epoch, self.optimizer.digest())
         else:
-            logger.warning(
-                "swarm: not everyone ended with one state within %.0f s: the last states may differ", timeout_s + load_s
-            )
+            logger.warning("swarm: not everyone ended with one state in time: the last states may differ")
 
     def close(self) -> None:
         """Leave the swarm within `CLOSE_TIMEOUT_S`, or until Ctrl-C; what has not ended by then is ended."""

@@ -106,11 +106,13 @@ def test_a_strangers_record_that_is_none_is_ignored(records: Records, wrong: obj
 
 def test_records_survive_the_wire() -> None:
     assert Presence.from_wire(presence("a", 1.5).to_wire()) == presence("a", 1.5)
-    ending = Ending(peer_id="a", epoch=4, digest="00", samples=96)
-    assert Ending.from_wire(ending.to_wire()) == ending
+    for shares in (True, False):
+        ending = Ending(peer_id="a", epoch=4, digest="00", samples=96, shares=shares)
+        assert Ending.from_wire(ending.to_wire()) == ending
     for samples in (-1, 1 << 60, 1.5, "96", None):
-        assert Ending.from_wire(["a", 4, "00", samples]) is None
-    assert Ending.from_wire(["a", 4, "00"]) is None
+        assert Ending.from_wire(["a", 4, "00", samples, True]) is None
+    for wrong in (["a", 4, "00"], ["a", 4, "00", 96], ["a", 4, "00", 96, 1]):
+        assert Ending.from_wire(wrong) is None
 
 
 def test_elders_are_ordered_by_age_then_id() -> None:
@@ -118,8 +120,8 @@ def test_elders_are_ordered_by_age_then_id() -> None:
     assert [elder.peer_id for elder in elders(presence("m", 2.5), here)] == ["a", "b", "c"]
 
 
-def ending(peer_id: str, digest: str, epoch: int = 10, samples: int = 96) -> Ending:
-    return Ending(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples)
+def ending(peer_id: str, digest: str, epoch: int = 10, samples: int = 96, shares: bool = True) -> Ending:
+    return Ending(peer_id=peer_id, epoch=epoch, digest=digest, samples=samples, shares=shares)
 
 
 def test_the_state_that_most_hold_at_the_newest_epoch_is_the_runs() -> None:
@@ -140,6 +142,13 @@ def test_who_has_only_the_number_of_the_last_epoch_does_not_outvote_its_work() -
     assert canonical([ending("a", "new", samples=0), ending("b", "new"), late[1]]) == ending("a", "new", samples=0)
 
 
+def test_a_state_that_nobody_can_download_is_the_runs_only_where_there_is_no_other() -> None:
+    behind_nat, public = ending("a", "x", samples=100, shares=False), ending("b", "y", samples=60)
+    assert canonical([behind_nat, public]) == public
+    assert canonical([behind_nat, ending("b", "y", samples=60, shares=False)]) == behind_nat
+    assert canonical([behind_nat, public, ending("c", "x", samples=0)]) == behind_nat, "who loaded it shares it"
+
+
 def test_peers_agree_only_once_all_who_are_expected_hold_one_state() -> None:
     both = {"a": ending("a", "x"), "b": ending("b", "x")}
     assert agreed(both, ["a", "b"])
@@ -150,11 +159,13 @@ def test_peers_agree_only_once_all_who_are_expected_hold_one_state() -> None:
 class End:
     """One peer at the end of a run, whose waiting is turned by hand."""
 
-    def __init__(self, records: Records, peer_id: str, since: float, digest: str, samples: int = 96) -> None:
+    def __init__(
+        self, records: Records, peer_id: str, since: float, digest: str, samples: int = 96, dialled: bool = True
+    ) -> None:
         self.board = board(records, presence(peer_id, since))
         self.board.join()
         self.digest, self.shares, self.downloads, self.now = digest, True, 0, 0.0
-        self.samples = samples
+        self.samples, self.dialled = samples, dialled
 
     def settle(self, source: str | None = None, on_wait: list[object] | None = None) -> bool:
         def download() -> bool:
@@ -169,7 +180,7 @@ class End:
                 on_wait.pop(0)()  # type: ignore[operator]
 
         return self.board.settle(
-            state=lambda: (10, self.digest, self.samples), download=download,
+            state=lambda: (10, self.digest, self.samples), shares=self.dialled, download=download,
             keep_sharing=lambda on: setattr(self, "shares", on),
             deadline_s=5.0, download_s=7.0, wait=wait, clock=lambda: self.now,
         )  # fmt: skip
@@ -178,7 +189,7 @@ class End:
 def test_a_peer_that_differs_in_a_bit_downloads_the_majoritys_state(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "y"), ("b", "x"), ("c", "x")]))
     for end in (b, c):
-        end.board._publish_ending(10, end.digest, 96)
+        end.board._publish_ending(10, end.digest, 96, True)
     assert a.settle(source="x")
     assert (a.downloads, a.shares, a.digest) == (1, False, "x")
     assert b.settle()
@@ -189,7 +200,7 @@ def test_a_peer_that_differs_in_a_bit_downloads_the_majoritys_state(records: Rec
 
 def test_a_newcomer_of_the_last_epoch_takes_the_state_of_who_finished_it(records: Records) -> None:
     newcomer, elder = End(records, "a", 2.0, "old", samples=0), End(records, "b", 1.0, "new")
-    newcomer.board._publish_ending(10, "old", 0)
+    newcomer.board._publish_ending(10, "old", 0, True)
     assert elder.settle(on_wait=[lambda: newcomer.settle(source="new")])
     assert (elder.digest, elder.downloads, elder.shares) == ("new", 0, True)
     assert (newcomer.digest, newcomer.downloads, newcomer.shares) == ("new", 1, False)
@@ -199,8 +210,8 @@ def test_a_newcomer_of_the_last_epoch_takes_the_state_of_who_finished_it(records
 
 def test_nobody_downloads_before_everyone_has_ended(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "y")]))
-    a.board._publish_ending(10, "x", 96)
-    later = [lambda: c.board._publish_ending(10, "y", 96), lambda: a.board._publish_ending(10, "y", 96)]
+    a.board._publish_ending(10, "x", 96, True)
+    later = [lambda: c.board._publish_ending(10, "y", 96, True), lambda: a.board._publish_ending(10, "y", 96, True)]
     assert b.settle(on_wait=list(later))
     assert b.downloads == 0
     for end in (a, b, c):
@@ -217,7 +228,7 @@ def test_a_peer_that_never_ends_costs_the_deadline_and_no_more(records: Records)
 
 def test_past_the_deadline_those_who_ended_agree_without_the_silent_one(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "z")]))
-    a.board._publish_ending(10, "x", 96)
+    a.board._publish_ending(10, "x", 96, True)
     assert b.settle(source="x")
     assert (b.digest, b.downloads) == ("x", 1)
     assert 5.0 <= b.now < 6.0
@@ -227,9 +238,28 @@ def test_past_the_deadline_those_who_ended_agree_without_the_silent_one(records:
 
 def test_a_state_that_nobody_gives_is_not_waited_for_without_end(records: Records) -> None:
     a, b = End(records, "a", 0, "x"), End(records, "b", 1, "y")
-    a.board._publish_ending(10, "x", 96)
+    a.board._publish_ending(10, "x", 96, True)
     assert not b.settle()
     assert 12.0 <= b.now < 13.0
+    for end in (a, b):
+        end.board.close()
+
+
+def test_of_two_that_stepped_alone_the_one_whom_nobody_can_dial_downloads(records: Records) -> None:
+    behind_nat, public = End(records, "a", 0, "x", samples=100, dialled=False), End(records, "b", 1, "y", samples=60)
+    public.board._publish_ending(10, "y", 60, True)
+    assert behind_nat.settle(source="y")
+    assert public.settle()
+    assert (behind_nat.digest, public.digest, public.shares, public.now) == ("y", "y", True, 0.0)
+    for end in (behind_nat, public):
+        end.board.close()
+
+
+def test_states_of_which_nobody_can_download_one_are_not_waited_for(records: Records) -> None:
+    a, b = (End(records, name, i, digest, dialled=False) for i, (name, digest) in enumerate([("a", "x"), ("b", "y")]))
+    a.board._publish_ending(10, "x", 96, False)
+    assert not b.settle()
+    assert (b.downloads, b.now) == (0, 0.0)
     for end in (a, b):
         end.board.close()
 

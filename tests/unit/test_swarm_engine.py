@@ -151,7 +151,13 @@ def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
     )  # fmt: skip
     joining = session.Session(config, None, board, [types.SimpleNamespace(peer_id="a")])
     joining.optimizer = types.SimpleNamespace(
-        local_epoch=3, download=download, share_state=bool, flush=list, digest=str, trained_samples=0
+        local_epoch=3,
+        download=download,
+        share_state=bool,
+        flush=list,
+        digest=str,
+        trained_samples=0,
+        can_share=True,
     )
     joining.adopt_state()
     joining.settle()
