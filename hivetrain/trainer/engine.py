@@ -309,17 +309,29 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             return False
         return bool(super()._check_and_accumulate_gradients(batch_size, grad_scaler))
 
+    def _begin_averaging_gradients(self, grad_scaler: Any) -> bool:
+        began = bool(super()._begin_averaging_gradients(grad_scaler))
+        if began or self.delay_grad_averaging:
+            return began
+        # Without a group hivemind loads our gradients into the averager alone: an optimizer that is not offloaded would
+        # step with its last batch.
+        self.scheduled_grads = None
+        return True
+
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control: Any) -> None:
-        """Wait for the group's mean, and step with it; where there is none in time, with our own.
+        """Wait for the group's mean, and step with it; where there is no group, or no mean in time, with our own.
 
         Ours is in the averager's tensors since the round began, which emptied the accumulators: hivemind would load
         these a second time, and step with zeros.
         """
         control = maybe_step_control
         self._group_size, self._group_samples = 1, None
+        if control is None:
+            self.grad_averager.load_accumulators_into_averager_()
         try:
-            control.result(self.averaging_timeout)
-            self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
+            if control is not None:
+                control.result(self.averaging_timeout)
+                self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
         except (Exception, asyncio.CancelledError) as exc:
             logger.log(self.status_loglevel, "Proceeding with local gradients: no mean of the group: %r", exc)
             if not control.done():  # it would write into the tensors when it finds a group after all

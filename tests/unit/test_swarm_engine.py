@@ -266,7 +266,7 @@ def test_a_step_alone_or_of_a_group_that_is_not_known_is_of_our_own_samples() ->
 class Control:
     """A step of the averager that gives ``mean``, or fails with ``error``; ``late``: and succeeds all the same."""
 
-    triggered = weight = None
+    triggered = weight = stage = None
 
     def __init__(
         self, tensors: Any, mean: float | None, error: BaseException | None = None, late: bool = False
@@ -300,6 +300,12 @@ class Control:
 
 def in_a_round(offloaded: bool, **result: Any) -> Any:
     """An optimizer that has begun to average gradients of 2 samples, 10.0 and 2.0."""
+    optimizer = with_gradients(offloaded, **result)
+    assert optimizer._begin_averaging_gradients(None)
+    return optimizer
+
+
+def with_gradients(offloaded: bool, **result: Any) -> Any:
     weight = torch.nn.Parameter(torch.zeros(1))
     gradients = averager(weight)
     for value in (10.0, 2.0):
@@ -312,11 +318,11 @@ def in_a_round(offloaded: bool, **result: Any) -> Any:
     optimizer = object.__new__(engine.SwarmOptimizer)
     optimizer.__dict__.update(
         _parent_pid=0, averaging_timeout=1.0, status_loglevel=20, offload_optimizer=offloaded, grad_averager=gradients,
+        delay_grad_averaging=False, delay_optimizer_step=False,
         _notes=types.SimpleNamespace(members=2, weight=5.0), _own_samples=2, scheduled_grads=control,
         tracker=types.SimpleNamespace(global_progress=types.SimpleNamespace(num_peers=2)),
         state_averager=types.SimpleNamespace(optimizer=torch.optim.SGD([weight])),
     )  # fmt: skip
-    assert optimizer._begin_averaging_gradients(None)
     return optimizer
 
 
@@ -342,6 +348,45 @@ def test_a_round_that_fails_is_stepped_with_our_own_gradient(offloaded: bool, er
     assert gradient_of(optimizer) == [6.0]
     assert optimizer.scheduled_grads.cancelled(), "else it would write into the gradients when it finds a group"
     assert (optimizer._group_size, optimizer.trained_samples) == (1, 2)
+
+
+class Stepped(Averager):
+    """A state averager that notes what its optimizer steps with."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.averaging_in_progress = optimizer, False
+        self.with_: list[float] = []
+
+    def step(self, optimizer_step: bool = False, **kwargs: Any) -> None:
+        if optimizer_step:
+            self.with_ += [float(weight.grad) for group in self.optimizer.param_groups for weight in group["params"]]
+
+
+class Alone(Tracker):
+    global_epoch = 3
+
+    def __init__(self, peers: int) -> None:
+        self.global_progress = types.SimpleNamespace(num_peers=peers, samples_accumulated=2)
+
+    def update_epoch(self, new_epoch: int) -> None: ...
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+@pytest.mark.parametrize("peers", [1, 2], ids=["alone", "no group"])
+def test_a_step_without_a_group_is_of_all_our_own_batches(offloaded: bool, peers: int) -> None:
+    rounds: list[RoundReport] = []
+    optimizer = with_gradients(offloaded, mean=None)
+    optimizer.scheduled_grads.triggered = True
+    optimizer.__dict__.update(
+        state_averager=Stepped(optimizer.opt), tracker=Alone(peers), average_state_every=10, auxiliary=False,
+        client_mode=True, delay_state_averaging=False, scheduled_state=None, _on_round=rounds.append,
+        _state_notes=averagers.Notes(), _failed_downloads=0, _waits_since=None,
+    )  # fmt: skip
+    optimizer._notes.sent_bytes = 0
+    optimizer._schema_hash = optimizer._compute_schema_hash()
+    optimizer._update_global_epoch(None)
+    assert optimizer.state_averager.with_ == [6.0]
+    assert [(report.peers, report.samples) for report in rounds] == [(1, 2)]
 
 
 def test_a_round_that_succeeds_after_its_time_out_is_not_claimed_as_the_groups() -> None:
