@@ -306,11 +306,13 @@ class SwarmGradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
 class SwarmStateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc]
     """Averages weights, and what of the optimizer's state is asked for; lets others download all of it."""
 
-    def download(self, timeout_s: float) -> bool:
-        """Load the newest state that a peer shares; False if none is as new as ours."""
-        before = self.local_epoch
+    _least_epoch = 0
+
+    def download(self, timeout_s: float, least_epoch: int = 0) -> bool:
+        """Load the newest state that a peer shares; False if none is as new as ours and ``least_epoch``."""
+        self._least_epoch = max(self.local_epoch, least_epoch)
         self.load_state_from_peers(timeout=timeout_s)
-        return self.downloaded_epoch is not None and self.downloaded_epoch >= before
+        return self.downloaded_epoch is not None
 
     @torch.no_grad()
     def relink(self) -> None:
@@ -328,7 +330,11 @@ class SwarmStateAverager(TrainingStateAverager, _Averager):  # type: ignore[misc
                         self.optimizer.state[weight][name] = tensor
 
     def _problem_of(self, metadata: Any, tensors: Sequence[torch.Tensor]) -> str | None:
-        return problem_of_state(self.optimizer, self.extra_tensors, metadata, tensors)
+        if problem := problem_of_state(self.optimizer, self.extra_tensors, metadata, tensors):
+            return problem
+        if metadata["epoch"] < self._least_epoch:
+            return f"it is of epoch {metadata['epoch']}, and we need {self._least_epoch}"
+        return None
 
 
 def problem_of_state(

@@ -173,9 +173,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         """Wait, at most an averaging timeout, for updates under way, and apply them."""
         self.state_averager.step(wait_for_delayed_updates=True, apply_delayed_updates=True)
 
-    def download(self, timeout_s: float) -> bool:
-        """Load the newest state that a peer shares. Returns whether there was one as new as ours."""
-        loaded = bool(self.state_averager.download(timeout_s))
+    def download(self, timeout_s: float, least_epoch: int = 0) -> bool:
+        """Load the newest state that a peer shares. Returns whether one is as new as ours and ``least_epoch``."""
+        loaded = bool(self.state_averager.download(timeout_s, least_epoch))
         if loaded:
             self._own_samples, self._group_samples = 0, None
             self._announce_epoch()
@@ -214,8 +214,11 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def load_state_from_peers(self, **kwargs: Any) -> None:
+    def load_state_from_peers(self, least_epoch: int = 0, **kwargs: Any) -> None:
         """Catch up with the swarm: one try, longer apart as they fail.
+
+        Args:
+            least_epoch: an older state is not taken.
 
         Raises:
             ServiceError: for `load_state_timeout` seconds nobody gave us a state.
@@ -228,7 +231,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 self._tag_along_with_zero_weight(control)
         self.state_averager.step(wait_for_delayed_updates=True)
         with self.tracker.pause_updates():
-            loaded = self.download(self.load_state_timeout)
+            loaded = self.download(self.load_state_timeout, least_epoch)
             held = self.local_epoch
             if loaded and self.tracker.global_epoch - 1 <= held < self.tracker.global_epoch:
                 self.state_averager.local_epoch = self.tracker.global_epoch
@@ -328,14 +331,14 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._group_size, self._group_samples = 1, None
         if control is None:
             self.grad_averager.load_accumulators_into_averager_()
-        try:
-            if control is not None:
+        else:
+            try:
                 control.result(self.averaging_timeout)
                 self._group_size, self._group_samples = self._notes.members, round(self._notes.weight)
-        except (Exception, asyncio.CancelledError) as exc:
-            logger.log(self.status_loglevel, "Proceeding with local gradients: no mean of the group: %r", exc)
-            if not control.done():  # it would write into the tensors when it finds a group after all
-                control.cancel()
+            except (Exception, asyncio.CancelledError) as exc:
+                logger.log(self.status_loglevel, "Proceeding with local gradients: no mean of the group: %r", exc)
+                if not control.done():  # it would write into the tensors when it finds a group after all
+                    control.cancel()
         self._load_averaged_gradients_into_optimizer_()
         # The optimizer's own, which are the averager's where it is offloaded, and copies of them elsewhere. A late
         # round holds them until all of its mean is there, or none.
@@ -348,8 +351,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def _update_global_epoch(self, grad_scaler: Any) -> None:
         if self._is_left_behind():  # a step alone would be one that nobody else makes
-            logger.warning("swarm: the others went on to epoch %d without us", self.tracker.global_epoch)
-            self.load_state_from_peers()
+            newest = self.tracker.global_epoch
+            logger.warning("swarm: the others went on to epoch %d without us", newest)
+            self.load_state_from_peers(least_epoch=newest)  # one that is as old as ours lacks the step that we missed
             return
         if self._goes_on():
             return

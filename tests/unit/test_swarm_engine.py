@@ -122,6 +122,21 @@ def test_a_state_that_does_not_come_in_time_is_not_loaded_and_ends_no_training(
     assert "raise load_state_timeout" in caplog.text
 
 
+@pytest.mark.parametrize(("least_epoch", "is_taken"), [(0, True), (3, True), (4, False)])
+def test_a_state_older_than_asked_for_is_refused_before_anything_is_copied(
+    monkeypatch: pytest.MonkeyPatch, least_epoch: int, is_taken: bool
+) -> None:
+    ours, theirs = state_averager(), state_averager()
+    ours.local_epoch = 2
+    (weight,), (their_weight,) = (one.optimizer.param_groups[0]["params"] for one in (ours, theirs))
+    with torch.no_grad():
+        their_weight.fill_(5.0)
+    state = state_of(theirs.optimizer)
+    monkeypatch.setattr(averagers.DecentralizedAverager, "load_state_from_peers", lambda self, **_: state)
+    assert ours.download(1.0, least_epoch) is is_taken
+    assert (ours.local_epoch, weight.tolist()) == ((3, [5.0] * 3) if is_taken else (2, [1.0] * 3))
+
+
 def test_a_download_that_nobody_waits_for_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[float] = []
 
@@ -198,7 +213,7 @@ class Averager:
     def step(self, **kwargs: bool) -> None: ...
     def relink(self) -> None: ...
     def _update_scheduler(self) -> None: ...
-    def download(self, timeout_s: float) -> bool:
+    def download(self, timeout_s: float, least_epoch: int) -> bool:
         return False
 
 
@@ -236,7 +251,7 @@ class Source:
     def step(self, **kwargs: bool) -> None: ...
     def relink(self) -> None: ...
     def _update_scheduler(self) -> None: ...
-    def download(self, timeout_s: float) -> bool:
+    def download(self, timeout_s: float, least_epoch: int) -> bool:
         self.local_epoch, self.asked_s = self._epoch, timeout_s
         return True
 

@@ -121,11 +121,11 @@ def test_a_call_to_another_group_than_ours_is_not_heard() -> None:
 
 @pytest.mark.parametrize("control", [None, Control(), Control(ended=True)], ids=["no group", "looking", "failed"])
 def test_who_was_left_behind_loads_what_the_others_have(control: Control | None) -> None:
-    loaded: list[bool] = []
+    loaded: list[int] = []
     waiting = optimizer(control, epoch=4)
-    waiting.load_state_from_peers = lambda: loaded.append(True)
+    waiting.load_state_from_peers = lambda least_epoch: loaded.append(least_epoch)
     waiting._update_global_epoch(None)
-    assert loaded == [True]
+    assert loaded == [4], "a state as old as ours lacks the step that we missed"
 
 
 def test_who_has_a_group_of_the_same_epoch_steps_with_it() -> None:
