@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hivetrain.trainer import clip
 from hivetrain.trainer.clip import clip_, clipped
 
 
@@ -25,6 +26,24 @@ def test_gradients_are_clipped_together_as_torch_does_it(dtype: torch.dtype, rto
     for one, other in zip(ours[:2], reference[:2], strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=rtol, atol=0)
     assert ours[2].grad is None
+
+
+def test_a_device_without_float64_clips_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = torch.linalg.vector_norm
+
+    def as_on_mps(tensor: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+        if dtype is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return norm(tensor, dtype=dtype)
+
+    assert "mps" in clip.WITHOUT_FLOAT64
+    monkeypatch.setattr(clip, "WITHOUT_FLOAT64", ("cpu",))
+    ours, reference = weights_with_gradients(), weights_with_gradients()
+    torch.nn.utils.clip_grad_norm_(reference, 0.5)
+    monkeypatch.setattr(torch.linalg, "vector_norm", as_on_mps)
+    clip_(torch.optim.SGD(ours), 0.5)
+    for one, other in zip(ours[:2], reference[:2], strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
 
 
 def test_an_optimizer_clips_before_each_step_and_with_0_never() -> None:
