@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hivetrain.errors import ConfigError, ServiceError
-from hivetrain.trainer.membership import Ending, Presence, agreed, canonical, elders, require_same_run
+from hivetrain.trainer.membership import MAX_SAMPLES, Ending, Presence, agreed, canonical, elders, require_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Board:
         keep_sharing: Callable[[bool], None],
         deadline_s: float,
         download_s: float,
+        most_samples: int = MAX_SAMPLES,
         wait: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> bool:
@@ -104,6 +105,7 @@ class Board:
             keep_sharing: whether others may download ours.
             deadline_s: how long to wait for the others to end.
             download_s: and then, for one state among those who did: whoever holds it stays for those who load it.
+            most_samples: that a step can have been of; who says more is not believed.
 
         Returns:
             Whether all who are here ended with one state; past the deadline, all who ended.
@@ -120,7 +122,7 @@ class Board:
                 return True
             if late >= download_s:
                 return False
-            chosen = canonical(present)
+            chosen = canonical(present, most_samples)
             held = chosen is None or chosen.digest == mine.digest
             keep_sharing(held)
             # Whoever is still on its way to the end may hold the run's state: only then is it known.

@@ -21,6 +21,7 @@ from hivetrain.trainer.fingerprint import Fingerprint, differences
 MAX_TEXT = 1000
 MAX_EPOCHS = 1 << 40
 MAX_SAMPLES = 1 << 60
+MAX_TARGETS = 1000  # a step has more samples than the target where a group is looked for longer than it takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +113,11 @@ def require_same_run(me: Presence, others: Sequence[Presence], run_id: str) -> N
             )
 
 
-def canonical(endings: Sequence[Ending]) -> Ending | None:
+def canonical(endings: Sequence[Ending], most_samples: int = MAX_SAMPLES) -> Ending | None:
     """Whose state is the run's.
 
     Of those at the newest epoch, and of these, if there are any, that a holder shares: the state whose last step was of
-    the most samples; ties: that most hold; ties: of the lowest peer id.
+    the most samples; ties: that most hold; ties: of the lowest peer id. More than ``most_samples`` count as none.
     """
     if not endings:
         return None
@@ -125,7 +126,10 @@ def canonical(endings: Sequence[Ending]) -> Ending | None:
     shared = {ending.digest for ending in last if ending.shares}
     last = [ending for ending in last if ending.digest in shared or not shared]
     votes = Counter(ending.digest for ending in last)
-    work = {digest: max(ending.samples for ending in last if ending.digest == digest) for digest in votes}
+    work = dict.fromkeys(votes, 0)
+    for ending in last:
+        if ending.samples <= most_samples:
+            work[ending.digest] = max(work[ending.digest], ending.samples)
     best = max((work[digest], votes[digest]) for digest in votes)
     holders = [ending for ending in last if (work[ending.digest], votes[ending.digest]) == best]
     return min(holders, key=lambda ending: ending.peer_id)

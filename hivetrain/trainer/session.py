@@ -15,7 +15,7 @@ from typing import Any
 from hivetrain.errors import ServiceError
 from hivetrain.trainer.board import Board
 from hivetrain.trainer.config import SwarmConfig
-from hivetrain.trainer.membership import Presence
+from hivetrain.trainer.membership import MAX_TARGETS, Presence
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class Session:
                 keep_sharing=self.optimizer.share_state,
                 deadline_s=self._config.seconds("averaging_timeout"),
                 download_s=load_s,
+                most_samples=MAX_TARGETS * self._config.target_batch_size,
             )
         except ServiceError as exc:
             logger.warning("swarm: the others' last state is not known, ours may differ: %s", exc)

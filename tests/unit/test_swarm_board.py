@@ -149,6 +149,13 @@ def test_a_state_that_nobody_can_download_is_the_runs_only_where_there_is_no_oth
     assert canonical([behind_nat, public, ending("c", "x", samples=0)]) == behind_nat, "who loaded it shares it"
 
 
+def test_more_samples_than_a_step_can_have_are_not_believed() -> None:
+    liar, honest = ending("a", "x", samples=(1 << 60) - 1), [ending("b", "y"), ending("c", "y")]
+    assert canonical([liar, *honest]) == liar
+    assert canonical([liar, *honest], most_samples=128_000) == honest[0]
+    assert canonical([liar, ending("b", "y", samples=0)], most_samples=128_000) == liar, "as one that made no step"
+
+
 def test_peers_agree_only_once_all_who_are_expected_hold_one_state() -> None:
     both = {"a": ending("a", "x"), "b": ending("b", "x")}
     assert agreed(both, ["a", "b"])

@@ -162,7 +162,7 @@ def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
 
     board = types.SimpleNamespace(
         me=types.SimpleNamespace(swarm_epochs=3), others=list,
-        settle=lambda download, download_s, **_: download() and asked.append(download_s),
+        settle=lambda download, download_s, most_samples, **_: download() and asked.extend([download_s, most_samples]),
     )  # fmt: skip
     joining = session.Session(config, None, board, [types.SimpleNamespace(peer_id="a")])
     joining.optimizer = types.SimpleNamespace(
@@ -176,7 +176,7 @@ def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
     )
     joining.adopt_state()
     joining.settle()
-    assert asked == [pytest.approx(70.0, abs=5.0), 70.0, 70.0]
+    assert asked == [pytest.approx(70.0, abs=5.0), 70.0, 70.0, 1000]
 
 
 def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:
