@@ -226,13 +226,11 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
 
     # In ours
 
-    def load_state_from_peers(
-        self, wait: bool = True, timeout: float | None = None
-    ) -> tuple[Any, Sequence[torch.Tensor]] | None:
+    def load_state_from_peers(self, timeout: float | None = None) -> tuple[Any, Sequence[torch.Tensor]] | None:
         self.downloaded_epoch: int | None = None
         began = time.monotonic()
         try:
-            state = super().load_state_from_peers(wait=wait, timeout=timeout)
+            state = super().load_state_from_peers(timeout=timeout)
         except TimeoutError:
             state = None
         if state is None:

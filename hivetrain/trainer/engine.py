@@ -13,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import hivemind
@@ -29,7 +27,8 @@ from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivetrain.errors import ServiceError
 from hivetrain.trainer.averagers import Notes, SwarmGradientAverager, SwarmStateAverager
 from hivetrain.trainer.config import CODECS, CODED_OPTIONS, SwarmConfig
-from hivetrain.trainer.node import Node
+from hivetrain.trainer.finite import all_finite
+from hivetrain.trainer.node import Node, kept_interrupt
 from hivetrain.trainer.rounds import RoundReport
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             options["load_state_compression"] = _COMPRESSIONS[str(options["load_state_compression"])]()
         if not options.get("use_local_updates"):
             options["grad_averager_factory"] = self._make_grad_averager
-        with _kept_interrupt():
+        with kept_interrupt():
             super().__init__(
                 dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
@@ -307,7 +306,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         return self.scheduled_grads is None or not _is_formed(self.scheduled_grads)
 
     def _check_and_accumulate_gradients(self, batch_size: int, grad_scaler: Any) -> bool:
-        if not _all_finite(list(self.grad_averager._grads_from_parameters())):
+        if not all_finite(list(self.grad_averager._grads_from_parameters())):
             logger.warning("swarm: a gradient is not finite: these %d samples are left out", batch_size)
             return False
         return bool(super()._check_and_accumulate_gradients(batch_size, grad_scaler))
@@ -344,7 +343,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         # round holds them until all of its mean is there, or none.
         gradients = [weight.grad for group in self.opt.param_groups for weight in group["params"]]
         with torch.no_grad(), self.grad_averager.get_tensors():
-            if not _all_finite(gradients):
+            if not all_finite(gradients):
                 logger.warning("swarm: the group's mean is not finite: this step is taken without it")
                 for gradient in gradients:
                     gradient.zero_()
@@ -392,24 +391,3 @@ def _in_order(values: Any) -> Any:
 
 def _is_formed(control: Any) -> bool:
     return bool(control.stage is AveragingStage.AWAITING_TRIGGER and not control.done())
-
-
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether no value is infinite or NaN.
-
-    A sum is finite only where all its values are, and takes a fortieth of the time; large ones may overflow it.
-    """
-    sums = [tensor.sum() for tensor in tensors]
-    if all(bool(torch.isfinite(total)) for total in sums):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-@contextmanager
-def _kept_interrupt() -> Iterator[None]:
-    """hivemind makes this process ignore Ctrl-C when it starts an averager."""
-    try:
-        handler = signal.getsignal(signal.SIGINT)
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import hivemind
@@ -147,6 +148,16 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+@contextmanager
+def kept_interrupt() -> Iterator[None]:
+    """hivemind makes this process ignore Ctrl-C when it starts an averager."""
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _require_maddr(option: str, maddr: str) -> None:

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from hivetrain.trainer.averagers import AveragingStage
 
 from hivetrain.trainer.exchange import Averaged
+from hivetrain.trainer.finite import all_finite
 
 LOOKING, FORMED = AveragingStage.LOOKING_FOR_GROUP, AveragingStage.AWAITING_TRIGGER
 
@@ -210,7 +211,7 @@ def test_notes_tell_whose_vectors_the_newest_mean_is_of() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_large_values_are_finite_and_infinite_ones_are_found(dtype: torch.dtype) -> None:
     large = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
-    assert engine._all_finite([torch.ones(2), large])
-    assert engine._all_finite([])
+    assert all_finite([torch.ones(2), large])
+    assert all_finite([])
     for bad in ("inf", "-inf", "nan"):
-        assert not engine._all_finite([torch.ones(2), torch.tensor([1.0, float(bad)], dtype=dtype)])
+        assert not all_finite([torch.ones(2), torch.tensor([1.0, float(bad)], dtype=dtype)])
