@@ -76,9 +76,10 @@ def share(stock: bool, epochs: int, width: int, folder: Path) -> Share:
     )
 
 
-def start(options: dict[str, Any], log: Path) -> tuple[subprocess.Popen[bytes], Path]:
+def start(options: dict[str, Any], log: Path, module: str = "bench.swarm_peer") -> tuple[subprocess.Popen[bytes], Path]:
+    """A peer as a process of one thread that leads a session of its own, and its log."""
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "bench.swarm_peer", json.dumps(options)]
+        command = [sys.executable, "-m", module, json.dumps(options)]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environ

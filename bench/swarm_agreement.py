@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Claim, arguments, at_least, at_most, report, table
+from bench.swarm import start
 from bench.swarm_agreement_peer import quiet, samples_of_rounds, save_base, train_alone
 
 GOAL = 0.01
@@ -92,7 +93,7 @@ def swarm(options: dict[str, Any], folder: Path) -> list[Any]:
     until = time.monotonic() + TIMEOUT_S
     try:
         for rank in range(options["peers"]):
-            started.append(start({**options, "rank": rank}, folder / f"{rank}.log"))
+            started.append(start({**options, "rank": rank}, folder / f"{rank}.log", "bench.swarm_agreement_peer"))
             process, log = started[0]
             while not (found := re.search(r"initial_peers = \['(\S+?)'", log.read_text())):
                 if process.poll() is not None or time.monotonic() > until:
@@ -112,16 +113,6 @@ def swarm(options: dict[str, Any], folder: Path) -> list[Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def start(options: dict[str, Any], log: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    with log.open("wb") as output:
-        command = [sys.executable, "-m", "bench.swarm_agreement_peer", json.dumps(options)]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environ
-        )
-        return process, log
 
 
 def main() -> int:

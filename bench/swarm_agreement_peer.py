@@ -39,6 +39,7 @@ def train_in_swarm(options: dict[str, Any]) -> dict[str, Any]:
     Leaves the samples of each round beside the checkpoint.
     """
     import torch
+    from safetensors.torch import save_file
     from transformers import TrainerCallback
 
     from hivetrain import SwarmArguments, SwarmTrainer
@@ -80,7 +81,7 @@ def train_in_swarm(options: dict[str, Any]) -> dict[str, Any]:
         callbacks=[Together()],
     )  # fmt: skip
     trainer.train()
-    torch.save(brought, folder / f"brought-{rank}.pt")
+    save_file({str(epoch): rows for epoch, rows in brought.items()}, folder / f"brought-{rank}.safetensors")
     last = max(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     files = sorted(path for path in last.iterdir() if path.name not in OF_ONE_PEER)
     return {
@@ -101,9 +102,11 @@ def digest_of(path: Path) -> str:
 def samples_of_rounds(options: dict[str, Any]) -> list[Any]:
     """What all peers brought to each round, one after another: input ids, shape [samples, LENGTH]."""
     import torch
+    from safetensors.torch import load_file
 
-    brought = [torch.load(Path(options["folder"]) / f"brought-{rank}.pt") for rank in range(options["peers"])]
-    epochs = sorted({epoch for one in brought for epoch in one})
+    folder = Path(options["folder"])
+    brought = [load_file(folder / f"brought-{rank}.safetensors") for rank in range(options["peers"])]
+    epochs = sorted({epoch for one in brought for epoch in one}, key=int)
     return [torch.cat([one[epoch] for one in brought if epoch in one]) for epoch in epochs]
 
 

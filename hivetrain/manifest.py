@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hivetrain.errors import IntegrityError
+from hivetrain.identity import Verify
 from hivetrain.run import MAX_MINERS
 from hivetrain.validation import first_problem
 
@@ -87,6 +88,14 @@ class Manifest(BaseModel):
     def signed_bytes(self) -> bytes:
         """What the leader signs: everything but its own signature."""
         return b"hivetrain-manifest/1\n" + _canonical(self.model_dump(mode="json", exclude={"leader_signature"}))
+
+    def is_signed(self, verify: Verify) -> bool:
+        """Whether the leader that it names signed it; that this one may lead is for the caller to say."""
+        try:
+            signature = bytes.fromhex(self.leader_signature)
+        except ValueError:  # whatever a stranger wrote there
+            return False
+        return verify(self.leader, self.signed_bytes(), signature)
 
 
 def state_message(run_id: str, round_number: int, attempt: int, state_hash: str) -> bytes:

@@ -369,11 +369,7 @@ class LiveResults:
         from template.chain.keys import verify  # slow: bittensor
 
         validators = {member.ss58 for member in self._genesis.wallets if member.role == "validator"}
-        try:
-            signature = bytes.fromhex(manifest.leader_signature)
-        except ValueError:
-            return False
-        return manifest.leader in validators and verify(manifest.leader, manifest.signed_bytes(), signature)
+        return manifest.leader in validators and manifest.is_signed(verify)
 
     def weights(self) -> dict[str, float]:
         """See `Results`."""

@@ -101,11 +101,7 @@ class Source:
             kept = f"it has {there[0]} to {there[-1]}" if there else "it has none yet"
             raise ConfigError(f"no epoch {epoch} in {self.label}; {kept}")
         manifest = ref.manifest
-        try:
-            signature = bytes.fromhex(manifest.leader_signature)
-        except ValueError:  # whatever a stranger wrote there
-            signature = b""
-        if not verify(manifest.leader, manifest.signed_bytes(), signature):
+        if not manifest.is_signed(verify):
             raise IntegrityError(f"the manifest of epoch {epoch} is forged: the signature is not its leader's")
         return ref
 

@@ -33,7 +33,7 @@ def why_unacceptable(
     """
     if manifest.run_id != run_id:
         return f"run {manifest.run_id[:12]}, ours is {run_id[:12]}"
-    if not verify(manifest.leader, manifest.signed_bytes(), _hex(manifest.leader_signature)):
+    if not manifest.is_signed(verify):
         return f"not signed by its leader {manifest.leader}"
     if manifest.epoch == 0:
         return None

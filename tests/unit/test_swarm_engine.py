@@ -9,7 +9,6 @@ import io
 import time
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +24,9 @@ from hivetrain.trainer.config import Reach, read_config
 from hivetrain.trainer.initial import with_state
 from hivetrain.trainer.rounds import RoundReport
 from hivetrain.trainer.schedule import SwarmSchedule
+from tests.swarm_kit import averager, loop
+
+__all__ = ["loop"]  # a fixture, used by being here
 
 
 def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
@@ -39,22 +41,6 @@ def test_preparing_an_optimizer_changes_no_weight_and_counts_no_step() -> None:
         parameter.grad = torch.tensor([1.0, -2.0, 3.0])
         stepped.step()
     assert torch.equal(weight, reference)
-
-
-@pytest.fixture(autouse=True)
-def loop() -> Iterator[None]:
-    """hivemind asks for the present event loop, and would make one that nobody closes."""
-    with asyncio.Runner() as runner:
-        asyncio.set_event_loop(runner.get_loop())
-        yield
-        asyncio.set_event_loop(None)
-
-
-def averager(*parameters: torch.nn.Parameter) -> Any:
-    return averagers.SwarmGradientAverager(
-        parameters, dht=None, prefix="test", client_mode=False, start=False, notes=averagers.Notes(), codec="fp32",
-        reach=Reach(host_maddrs=(), announce_maddrs=None),
-    )  # fmt: skip
 
 
 def test_batches_of_different_sizes_weigh_as_many_samples_as_they_have() -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,24 +15,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from hivetrain.trainer import averagers, engine
 
-from hivetrain.trainer.config import Reach
 from hivetrain.trainer.rounds import RoundReport
+from tests.swarm_kit import averager, loop
 
-
-@pytest.fixture(autouse=True)
-def loop() -> Iterator[None]:
-    """hivemind asks for the present event loop, and would make one that nobody closes."""
-    with asyncio.Runner() as runner:
-        asyncio.set_event_loop(runner.get_loop())
-        yield
-        asyncio.set_event_loop(None)
-
-
-def averager(*parameters: torch.nn.Parameter) -> Any:
-    return averagers.SwarmGradientAverager(
-        parameters, dht=None, prefix="test", client_mode=False, start=False, notes=averagers.Notes(), codec="fp32",
-        reach=Reach(host_maddrs=(), announce_maddrs=None),
-    )  # fmt: skip
+__all__ = ["loop"]  # a fixture, used by being here
 
 
 class Control:
