@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ class Notes:
     def __init__(self) -> None:
         self._sent = multiprocessing.Value("q", 0)
         self._round = multiprocessing.Array("d", 2)
-        self._called = multiprocessing.Value("b", 0)
+        self._due = multiprocessing.Value("d", math.inf)
 
     @property
     def sent_bytes(self) -> int:
@@ -57,13 +58,13 @@ class Notes:
         return int(self._sent.value)
 
     @property
-    def called(self) -> bool:
-        """Whether a member of the group that was formed last is ready to average."""
-        return bool(self._called.value)
+    def due(self) -> float:
+        """When the group that was formed last is to average, by `time.monotonic`; infinite: nobody has called it."""
+        return float(self._due.value)
 
-    @called.setter
-    def called(self, value: bool) -> None:
-        self._called.value = value
+    @due.setter
+    def due(self, value: float) -> None:
+        self._due.value = value
 
     @property
     def members(self) -> int:
@@ -91,6 +92,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         self._lobby: Lobby | None = None
         self._opening: asyncio.Task[None] | None = None
         self._vector: Vector | None = None
+        self._meeting: Meeting | None = None
         self._meetings: dict[bytes, tuple[Any, Meeting]] = {}
         super().__init__(*args, **kwargs)
 
@@ -144,12 +146,12 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         """A group, whose members meet as soon as it is formed; where they part before it is used, another one."""
         assert self._opening is not None
         await asyncio.shield(self._opening)
-        self.notes.called = False
+        self.notes.due = math.inf
         while True:
             group = await look(step)
             if group is None:
                 return None
-            meeting = self._meet(group)
+            meeting = self._meeting = self._meet(group)
             try:
                 if not step.triggered:
                     step.stage = AveragingStage.AWAITING_TRIGGER
@@ -163,7 +165,7 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             logger.info("swarm: the group fell apart before it averaged: looking for another")
             await meeting.close()
             step.stage = AveragingStage.LOOKING_FOR_GROUP
-            self.notes.called = False
+            self.notes.due = math.inf
 
     def _meet(self, group: Any) -> Meeting:
         assert self._lobby is not None
@@ -191,8 +193,12 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         meeting.start()
         return meeting
 
-    def _on_called(self) -> None:
-        self.notes.called = True
+    def _on_called(self, in_s: float) -> None:
+        self.notes.due = time.monotonic() + in_s
+
+    async def _call_group(self, in_s: float) -> None:
+        if self._meeting is not None:
+            await self._meeting.call(in_s)
 
     async def _aggregate_with_group(self, group_info: Any, *, weight: float, **kwargs: Any) -> Any:
         (_, meeting), vector = self._meetings.pop(group_info.group_id), self._vector
@@ -225,6 +231,11 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             await asyncio.wait_for(super()._load_state_from_peers(future, timeout=timeout), timeout)
 
     # In ours
+
+    def call_group(self, in_s: float) -> None:
+        """Have the group that is formed come in so many seconds, and us too, unless somebody has called it before."""
+        self.notes.due = min(self.notes.due, time.monotonic() + in_s)
+        self._outer_pipe.send(("_call_group", [], {"in_s": in_s}))
 
     def load_state_from_peers(self, timeout: float | None = None) -> tuple[Any, Sequence[torch.Tensor]] | None:
         self.downloaded_epoch: int | None = None
@@ -280,6 +291,18 @@ class SwarmGradientAverager(GradientAverager, _Averager):  # type: ignore[misc]
         whole = all(parameter.dtype == torch.float32 for parameter in parameters)
         averaged = cut_from_one([parameter.shape for parameter in parameters]) if whole else ()
         super().__init__(parameters, averaged_grads=averaged, **kwargs)
+
+    # hivemind's are generators that set and reset what autograd does at each tensor: most of what adding up costs.
+
+    @torch.no_grad()
+    def _grads_from_parameters(self) -> Iterator[torch.Tensor]:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return iter([parameter.grad for parameter in self.parameters])
+
+    def _grad_accumulators(self) -> Iterator[torch.Tensor]:
+        return iter(self._local_accumulators)  # always ours: `reuse_grad_buffers` is refused
 
     @torch.no_grad()
     def load_accumulators_into_averager_(self) -> None:

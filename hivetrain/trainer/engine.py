@@ -2,7 +2,7 @@
 
 Training waits for others as little as it can without a step of staleness. A group is looked for early, so that it is
 formed when the swarm has its samples. Until it is formed we go on: what is computed meanwhile counts in the same round.
-And whoever is ready first calls the rest of the group, which comes after the step under way.
+And whoever sees first that the swarm will have its samples after the step to come calls the rest of the group for then.
 
 Bent besides, each because it was measured to go wrong otherwise: a download of the swarm's state that is retried
 without end; a gradient that is not finite and would be everyone's; Ctrl-C ignored from the first averager on.
@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_BACKOFF_S = 30.0
 LEFT_BEHIND_TRIES = 3
 EARLY = 1.5  # times the matchmaking, before the swarm is expected to have its samples: a group is looked for
+LONG_STEP = 1 / 6  # of the averaging timeout: who has longer steps comes at once, for a third is all that others wait
+REPORT_S = 0.5  # between two reports of our samples: no peer looks more often
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "none": hivemind.compression.NoCompression,
@@ -47,8 +51,37 @@ _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
 }
 
 
+class Reports(threading.Event):
+    """Set where our progress is to be reported: not where only samples were added to what was reported just now."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock, self._epoch, self._at, self._due = clock, -1, 0.0, True
+
+    def note(self, epoch: int, samples: int) -> None:
+        """What the next `set` is for."""
+        now = self._clock()
+        self._due = epoch != self._epoch or samples == 0 or now >= self._at + REPORT_S
+        if self._due:
+            self._epoch, self._at = epoch, now
+
+    def set(self) -> None:
+        if self._due:
+            super().set()
+
+
 class _Tracker(ProgressTracker):  # type: ignore[misc]
     called: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, start=False)
+        self.should_report_progress = Reports()
+        self.start()
+
+    def report_local_progress(self, local_epoch: int, samples_accumulated: int, **kwargs: Any) -> None:
+        """As hivemind's; but the thread that signs and stores a report, while training waits, does not at each step."""
+        self.should_report_progress.note(local_epoch, samples_accumulated)
+        super().report_local_progress(local_epoch, samples_accumulated, **kwargs)
 
     @property
     def ready_to_update_epoch(self) -> bool:
@@ -97,7 +130,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         self._reach = config.reach
         self._group_size: int | None = None
         self._group_samples: int | None = None
-        self._own_samples = 0
+        self._own_samples = self._step_samples = 0
         self.most_peers = 1
         self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
@@ -126,7 +159,6 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             target_batch_size=target_batch_size,
             client_mode=self.client_mode,
             status_loglevel=self.status_loglevel,
-            start=True,
             **kwargs,
         )
 
@@ -150,8 +182,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def step(self, closure: Any = None, batch_size: int | None = None, grad_scaler: Any = None) -> Any:
         samples = self._take_samples()
+        self._step_samples = batch_size or samples or self.batch_size_per_step
         self.most_peers = max(self.most_peers, self.tracker.global_progress.num_peers)
-        return super().step(closure, batch_size or samples or None, grad_scaler)
+        return super().step(closure, self._step_samples, grad_scaler)
 
     @property
     def trained_samples(self) -> int:
@@ -255,6 +288,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     def _maybe_schedule_gradient_averaging(self) -> None:
         if self._looks_for_groups(self.scheduled_grads):
             self.scheduled_grads = self.grad_averager.schedule_step(timeout=self._patience_s())
+        self._call_group()
 
     def _maybe_schedule_state_averaging(self) -> None:
         epoch = max(self.local_epoch + 1, self.tracker.global_epoch)
@@ -278,24 +312,42 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         """For how long a group is looked for: the averaging timeout counts from when the swarm has its samples."""
         return self._eta_s() + float(self.averaging_timeout)
 
+    def _step_s(self) -> float:
+        """How long one of our steps takes, as measured; 0 where it is so long that others would not wait for it."""
+        step_s = self._step_samples / float(self.tracker.performance_ema.samples_per_second)
+        return step_s if step_s <= LONG_STEP * self.allreduce_timeout else 0.0
+
+    def _call_group(self) -> None:
+        """Call the group for the end of our next step, where the swarm will have its samples then."""
+        control, step_s = self.scheduled_grads, self._step_s()
+        if control is None or not _is_formed(control) or self._notes.due < math.inf or self._waits_for_states_group():
+            return
+        if step_s and self._eta_s() <= step_s:
+            self.grad_averager.call_group(step_s)
+
     def _is_called(self) -> bool:
-        """Whether our group is formed, and a member of it is ready to average."""
+        """Whether our group is formed, and the end of none of our steps is nearer to the time it was called for."""
         control = self.scheduled_grads
-        return control is not None and _is_formed(control) and self._notes.called
+        if control is None or not _is_formed(control):
+            return False
+        return time.monotonic() + self._step_s() / 2 >= self._notes.due
+
+    def _waits_for_states_group(self) -> bool:
+        """Whether the state's group is looked for, and the swarm has had its samples for less than the matchmaking."""
+        state = self.scheduled_state
+        if state is None or state.triggered or state.done() or _is_formed(state):
+            return False
+        return self._waits_since is None or time.monotonic() - self._waits_since < self.matchmaking_time
 
     def _goes_on(self) -> bool:
-        """Whether training goes on although the swarm has its samples: the group is not formed yet."""
-        control, now = self.scheduled_grads, time.monotonic()
+        """Whether training goes on although the swarm has its samples: the group is not formed yet, or comes later."""
+        control = self.scheduled_grads
         if self.grad_averager is None or self.tracker.global_progress.num_peers <= 1 or self._is_called():
             return False
         if control is None or control.triggered or control.done():
             return False
-        self._waits_since = now if self._waits_since is None else self._waits_since
-        if not _is_formed(control):
-            return True
-        state = self.scheduled_state
-        looked_for = state is not None and not state.triggered and not state.done() and not _is_formed(state)
-        return bool(looked_for) and now - self._waits_since < self.matchmaking_time
+        self._waits_since = time.monotonic() if self._waits_since is None else self._waits_since
+        return not _is_formed(control) or self._waits_for_states_group() or self._notes.due < math.inf
 
     def _is_left_behind(self) -> bool:
         """Whether others have ended our epoch, no group of ours is about to, and they may give us their state."""

@@ -4,9 +4,13 @@ hivemind tells who is in a group. What each brings, its weight and the root of i
 ready. So everyone else opens a stream to the group's leader as soon as the group is formed, long before:
 
     member   Arrival     its hotkey and addresses
-    leader   Called      somebody is ready: come, too
+    member   Call        when it will be ready (may be left out)
+    leader   Called      when to come: as who called first says, or now, as somebody is ready
     member   Ready       its weight and root
     leader   Settled     the plan, once everyone is ready, gone, or out of time
+
+Steps of a training cannot be cut short: each comes at the end of that step of its own that is nearest to the time it
+was called for. Peers that left the last round together have their steps end together: then nobody waits.
 
 Who is gone is known at once, by the end of its stream. Where the leader is gone the group is broken, and hivemind looks
 for another.
@@ -35,8 +39,11 @@ logger = logging.getLogger(__name__)
 MAX_PLAN_BYTES = 1 << 20
 OPEN_TIMEOUT_S = 5.0
 AGAIN_S = 0.2
+MAX_CALL_S = 3600.0
 LARGEST_SUM = 1e36  # of weight times value, below what a plan allows
 MIN_DEADLINE_S = 1.0
+
+Seconds = Annotated[float, Field(ge=0, le=MAX_CALL_S, allow_inf_nan=False)]
 
 
 class Arrival(Message):
@@ -49,10 +56,18 @@ class Arrival(Message):
     layout: Annotated[str, Field(max_length=64)]
 
 
+class Call(Message):
+    """Member: I shall be ready in so many seconds."""
+
+    kind: Literal["call"] = "call"
+    in_s: Seconds
+
+
 class Called(Message):
-    """Leader: somebody is ready."""
+    """Leader: come in so many seconds."""
 
     kind: Literal["called"] = "called"
+    in_s: Seconds
 
 
 class Ready(Message):
@@ -104,7 +119,7 @@ class Meeting:
         arrival: what we say of ourselves.
         layout: of everyone's payload.
         times: the same for everyone.
-        on_called: called when somebody is ready, at most once.
+        on_called: called at most once, with the seconds in which to come.
     """
 
     def __init__(
@@ -116,7 +131,7 @@ class Meeting:
         arrival: Arrival,
         layout: PayloadLayout,
         times: Times,
-        on_called: Callable[[], None] = lambda: None,
+        on_called: Callable[[float], None] = lambda in_s: None,
     ) -> None:
         self.group, self.lobby, self.layout = group, lobby, layout
         self._peer_ids, self._leader, self._arrival = tuple(peer_ids), leader, arrival
@@ -126,6 +141,8 @@ class Meeting:
         self._guests: dict[str, _Guest] = {}
         self._changed = asyncio.Event()
         self._first_ready: float | None = None
+        self._due: float | None = None
+        self._may_call = True
         self._stream: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
         self._settled: asyncio.Future[GroupPlan | None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -154,6 +171,14 @@ class Meeting:
         if self._stream.done() and self._stream.exception() is None:
             await self._stream.result().close()
 
+    async def call(self, in_s: float) -> None:
+        """Have everyone come in so many seconds, unless they were called before. Else they are when we are ready."""
+        if self._leads:
+            self._call(in_s)
+        elif self._may_call and self._due is None and self._stream.done() and self._stream.exception() is None:
+            self._may_call = False
+            await _tell(self._stream.result(), Call(in_s=min(in_s, MAX_CALL_S)))
+
     async def settle(self, weight: float, root: bytes | None) -> GroupPlan | None:
         """Say what we bring, and learn what is averaged.
 
@@ -173,6 +198,7 @@ class Meeting:
         try:
             async with asyncio.timeout(self._times.absent_s + self._times.ready_s):
                 stream = await asyncio.shield(self._stream)
+                self._may_call = False  # after Ready nothing is said
                 await stream.send(ready.to_bytes())
                 plan = await asyncio.shield(self._settled)
         except TimeoutError as exc:
@@ -207,7 +233,7 @@ class Meeting:
             await stream.send(self._arrival.to_bytes())
             message = await receive(stream, Called, Settled, max_bytes=2 * MAX_PLAN_BYTES)
             if isinstance(message, Called):
-                self._call()
+                self._call(message.in_s)
                 message = await receive(stream, Settled, max_bytes=2 * MAX_PLAN_BYTES)
             self._settled.set_result(_unpack(message.plan))
         except (PeerFault, ServiceError) as exc:
@@ -230,10 +256,14 @@ class Meeting:
             return
         guest = self._guests[peer_id] = _Guest(arrival, stream)
         try:
-            if self._first_ready is not None:
-                await stream.send(Called().to_bytes())
-            guest.ready = await receive(stream, Ready)
-            self._call()
+            if self._due is not None:
+                await stream.send(self._called().to_bytes())
+            message = await receive(stream, Call, Ready)
+            if isinstance(message, Call):
+                self._call(message.in_s)
+                message = await receive(stream, Ready)
+            guest.ready = message
+            self._is_ready()
             self._notify()
             await stream.receive(0)  # nothing more is said: this is how its end is noticed
         except PeerFault as exc:
@@ -244,16 +274,25 @@ class Meeting:
                 self.broken.set()
             self._notify()
 
-    def _call(self) -> None:
-        if self._first_ready is None:
-            self._first_ready = asyncio.get_running_loop().time()
-            self._on_called()
+    def _call(self, in_s: float) -> None:
+        if self._due is None:
+            in_s = min(in_s, self._times.ready_s)
+            self._due = asyncio.get_running_loop().time() + in_s
+            self._on_called(in_s)
             for guest in self._guests.values():
                 if guest.ready is None and not guest.gone:
-                    self._spawn(_tell(guest.stream, Called()))
+                    self._spawn(_tell(guest.stream, self._called()))
+
+    def _called(self) -> Called:
+        return Called(in_s=max(0.0, (self._due or 0.0) - asyncio.get_running_loop().time()))
+
+    def _is_ready(self) -> None:
+        if self._first_ready is None:
+            self._first_ready = asyncio.get_running_loop().time()
+            self._call(0.0)
 
     async def _settle_for_all(self, ready: Ready) -> GroupPlan | None:
-        self._call()
+        self._is_ready()
         await self._until_ready()
         bring = {self._leader: (self._arrival, ready)}
         for peer_id, guest in self._guests.items():
@@ -332,7 +371,7 @@ async def _tell(stream: Stream, message: Message) -> None:
     try:
         await stream.send(message.to_bytes())
     except LinkLost as lost:
-        logger.debug("averaging: a member was not told: %s", lost.detail)
+        logger.debug("averaging: a message did not arrive: %s", lost.detail)
 
 
 def _unpack(packed: bytes | None) -> GroupPlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from hivetrain.errors import ServiceError
 from hivetrain.trainer.exchange import Averaged, Vector, average, cut_from_one
 from hivetrain.trainer.keys import SessionKey, verify
 from hivetrain.trainer.lobby import Lobby
-from hivetrain.trainer.meeting import Arrival, Meeting, Times
+from hivetrain.trainer.meeting import Arrival, Call, Meeting, Times
 
 GROUP = b"a group of hivemind's"
 SHAPES = [(3, 5), (4096,), (100, 50)]
@@ -34,7 +35,7 @@ class Friend:
             self.tensors = [piece.copy_(tensor) for piece, tensor in zip(cut, self.tensors, strict=True)]
         self.weight = float(index + 1)
         self.vector = Vector(self.tensors, world.codec)
-        self.called = 0
+        self.called: list[float] = []
 
     async def arrive(self) -> Meeting:
         """Meet, as soon as hivemind has formed the group."""
@@ -51,8 +52,8 @@ class Friend:
         self.meeting.start()
         return self.meeting
 
-    def on_called(self) -> None:
-        self.called += 1
+    def on_called(self, in_s: float) -> None:
+        self.called.append(in_s)
 
     async def average(self) -> Averaged:
         payload, tree = self.vector.encode(self.tensors, GROUP + bytes([self.index]))
@@ -181,15 +182,97 @@ def test_the_first_who_is_ready_calls_the_others_once(first: int) -> None:
         for friend in world.friends:
             await friend.arrive()
         await asyncio.sleep(1.0)
-        assert [friend.called for friend in world.friends] == [0, 0, 0]
+        assert [friend.called for friend in world.friends] == [[], [], []]
         running = asyncio.create_task(world.friends[first].average())
         await asyncio.sleep(0.5)
-        assert all(friend.called == 1 for friend in world.friends if friend.index != first)
+        assert all(friend.called == [0.0] for friend in world.friends if friend.index != first)
         others = (friend.average() for friend in world.friends if friend.index != first)
         await asyncio.gather(running, *others)
 
     play(world, script)
     world.assert_same_bits(0, 1, 2)
+
+
+@pytest.mark.parametrize("caller", [0, 1])
+def test_who_calls_the_group_for_a_time_is_heard_by_all_and_who_calls_later_is_not(caller: int) -> None:
+    world = World()
+
+    async def script() -> None:
+        for friend in world.friends[:2]:
+            await friend.arrive()
+        await asyncio.sleep(0.5)
+        await world.friends[caller].meeting.call(3.0)
+        await asyncio.sleep(0.5)
+        await world.friends[1 - caller].meeting.call(1.0)
+        await world.friends[2].arrive()
+        await asyncio.sleep(0.5)
+        for friend, in_s in zip(world.friends, (3.0, 3.0, 2.5), strict=True):
+            assert friend.called == [pytest.approx(in_s, abs=0.1)]
+        await asyncio.gather(*(friend.average() for friend in world.friends))
+        assert all(len(friend.called) == 1 for friend in world.friends)
+        for friend in world.friends:
+            await friend.meeting.call(1.0)  # after Ready nothing is said: it would end the stream
+            await friend.meeting.close()
+
+    play(world, script)
+    world.assert_same_bits(0, 1, 2)
+
+
+def test_a_group_is_called_for_no_later_than_it_waits_for_who_is_not_ready() -> None:
+    world = World(size=2)
+
+    async def script() -> None:
+        for friend in world.friends:
+            await friend.arrive()
+        await asyncio.sleep(0.5)
+        await world.friends[1].meeting.call(1e9)
+        await asyncio.sleep(0.5)
+        assert [friend.called for friend in world.friends] == [[TIMES.ready_s], [pytest.approx(TIMES.ready_s, abs=0.1)]]
+        await asyncio.gather(*(friend.average() for friend in world.friends))
+
+    play(world, script)
+    world.assert_same_bits(0, 1)
+
+
+def test_a_group_that_cannot_be_called_is_called_by_who_is_ready() -> None:
+    world = World(size=2)
+
+    async def script() -> None:
+        await world.friends[1].arrive()
+        await world.friends[1].meeting.call(1.0)  # the leader is not here yet
+        await world.friends[0].arrive()
+        await asyncio.sleep(1.0)
+        assert world.friends[0].called == []
+        await asyncio.gather(*(friend.average() for friend in world.friends))
+        assert world.friends[0].called == [0.0]
+
+    play(world, script)
+    world.assert_same_bits(0, 1)
+
+
+@pytest.mark.parametrize("frames", [[-1.0], [math.inf], [math.nan], [1.0, 1.0]], ids=["past", "inf", "nan", "twice"])
+def test_who_calls_as_nobody_may_has_left_the_group(frames: list[float]) -> None:
+    world, odd = World(), SessionKey()
+
+    async def script() -> None:
+        for friend in world.friends[:2]:
+            await friend.arrive()
+        lobby = Lobby(world.hub.transport(peer(2)))
+        await lobby.start()
+        stream = await lobby.room(GROUP, "meet").open(peer(0), (), 1.0)
+        layout = world.friends[0].vector.layout.layout_hash
+        await stream.send(Arrival(hotkey=odd.hotkey, maddrs=[], reduces=True, layout=layout).to_bytes())
+        for in_s in frames:
+            await stream.send(Call.model_construct(kind="call", in_s=in_s).to_bytes())
+        await asyncio.sleep(0.5)
+        began = asyncio.get_running_loop().time()
+        done = await asyncio.gather(*(friend.average() for friend in world.friends[:2]))
+        assert asyncio.get_running_loop().time() - began < 1.0
+        assert all(set(one.weights) == {peer(0), peer(1)} for one in done)
+        await lobby.close()
+
+    play(world, script)
+    world.assert_same_bits(0, 1)
 
 
 def test_a_member_that_dies_before_it_is_ready_costs_no_waiting() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 import types
 import warnings
 from dataclasses import dataclass, field
@@ -45,16 +47,33 @@ class Control:
 
 @dataclass
 class Notes:
-    called: bool = False
+    due: float = math.inf
+
+
+@dataclass
+class Group:
+    """A gradient averager whose group takes calls."""
+
+    notes: Notes
+    calls: list[float] = field(default_factory=list)
+
+    def call_group(self, in_s: float) -> None:
+        self.calls.append(in_s)
+        self.notes.due = time.monotonic() + in_s
+
+
+STEP_S = 1e4  # no test takes half of one
 
 
 def optimizer(gradients: Control | None, state: Control | None = None, peers: int = 2, epoch: int = 3) -> Any:
-    made = object.__new__(engine.SwarmOptimizer)
+    made, notes = object.__new__(engine.SwarmOptimizer), Notes()
     made.__dict__.update(
-        _parent_pid=0, scheduled_grads=gradients, scheduled_state=state, grad_averager=object(), matchmaking_time=1e6,
-        _waits_since=None, _failed_downloads=0, _notes=Notes(), state_averager=types.SimpleNamespace(local_epoch=3),
+        _parent_pid=0, scheduled_grads=gradients, scheduled_state=state, grad_averager=Group(notes),
+        matchmaking_time=1e6, allreduce_timeout=1e6, _waits_since=None, _failed_downloads=0, _notes=notes,
+        _step_samples=4, state_averager=types.SimpleNamespace(local_epoch=3),
         tracker=types.SimpleNamespace(
-            global_progress=types.SimpleNamespace(num_peers=peers), global_epoch=epoch, ready_to_update_epoch=True
+            global_progress=types.SimpleNamespace(num_peers=peers), global_epoch=epoch, ready_to_update_epoch=True,
+            performance_ema=types.SimpleNamespace(samples_per_second=4 / STEP_S), estimated_next_update_time=0.0,
         ),
     )  # fmt: skip
     return made
@@ -65,7 +84,7 @@ def test_training_goes_on_until_the_group_is_formed() -> None:
     waiting = optimizer(control)
     assert waiting._goes_on()
     control.stage = FORMED
-    assert not waiting._goes_on()
+    assert not waiting._goes_on(), "nobody has called it for later"
 
 
 @pytest.mark.parametrize(
@@ -105,18 +124,66 @@ def test_a_group_is_looked_for_early_once_and_never_alone() -> None:
     assert not looks(14.0, peers=1)
 
 
-def test_who_is_called_comes_at_once() -> None:
+def test_who_is_called_comes_after_the_step_whose_end_is_nearest() -> None:
     waiting = optimizer(Control(stage=FORMED), Control())
     assert not waiting._is_called()
-    waiting._notes.called = True
-    assert waiting._is_called()
+    for in_steps, comes in ((1.0, False), (0.6, False), (0.4, True), (0.0, True), (-3.0, True)):
+        waiting._notes.due = time.monotonic() + in_steps * STEP_S
+        assert waiting._is_called() == comes
+        assert waiting._goes_on() != comes
+
+
+def test_a_group_is_called_once_for_the_end_of_the_step_after_which_the_swarm_has_its_samples() -> None:
+    def calls(eta_s: float, control: Control | None, state: Control | None = None, **changed: Any) -> list[float]:
+        made = optimizer(control, state)
+        made.tracker.estimated_next_update_time = engine.get_dht_time() + eta_s
+        made.__dict__.update(changed)
+        made._maybe_schedule_gradient_averaging()
+        made._maybe_schedule_gradient_averaging()
+        return list(made.grad_averager.calls)
+
+    formed = Control(stage=FORMED)
+    assert calls(0.9 * STEP_S, formed) == [STEP_S]
+    assert calls(-1.0, formed) == [STEP_S]
+    assert calls(1.1 * STEP_S, formed) == []
+    assert calls(math.inf, formed) == []
+    assert calls(0.0, Control()) == []
+    assert calls(0.0, formed, Control()) == [], "the state's group is still looked for"
+    assert calls(0.0, formed, Control(stage=FORMED)) == [STEP_S]
+    assert calls(0.0, formed, Control(), matchmaking_time=0.0, _waits_since=0.0) == [STEP_S]
+
+
+def test_who_has_long_steps_calls_nobody_and_comes_at_once() -> None:
+    waiting = optimizer(Control(stage=FORMED))
+    waiting.allreduce_timeout = 5 * STEP_S
+    waiting._maybe_schedule_gradient_averaging()
+    assert waiting.grad_averager.calls == []
     assert not waiting._goes_on()
+
+
+def test_reports_that_come_soon_after_another_are_left_out_but_not_that_of_a_new_epoch() -> None:
+    clock = [100.0]
+    alarm = engine.Reports(lambda: clock[0])
+
+    def reports(epoch: int, samples: int, after_s: float) -> bool:
+        alarm.clear()
+        clock[0] += after_s
+        alarm.note(epoch, samples)
+        alarm.set()
+        return alarm.is_set()
+
+    assert reports(3, 4, 0.0)
+    assert not reports(3, 8, 0.4)
+    assert reports(3, 12, 0.2)
+    assert reports(4, 0, 0.1)
+    assert not reports(4, 4, 0.1)
+    assert reports(4, 0, 0.1), "samples were dropped"
 
 
 def test_a_call_to_another_group_than_ours_is_not_heard() -> None:
     for control in (None, Control(), Control(stage=FORMED, ended=True)):
         waiting = optimizer(control)
-        waiting._notes.called = True
+        waiting._notes.due = 0.0
         assert not waiting._is_called()
 
 
@@ -160,7 +227,7 @@ def averager(meetings: list[Meeting]) -> Any:
     opening.set_result(None)
     left = list(meetings)
     made.__dict__.update(
-        _opening=opening, notes=Notes(called=True), _meetings={}, _parent_pid=0, _popen=None, _closed=False,
+        _opening=opening, notes=Notes(due=0.0), _meetings={}, _parent_pid=0, _popen=None, _closed=False,
         _meet=lambda group: left.pop(0),
     )  # fmt: skip
     return made
@@ -183,7 +250,7 @@ def test_a_group_that_falls_apart_before_it_is_used_is_replaced() -> None:
         assert (await looking).group_id == b"group"
         assert first.closed
         assert not second.closed
-        assert not bent.notes.called
+        assert bent.notes.due == math.inf
 
     asyncio.run(main())
 
