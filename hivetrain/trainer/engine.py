@@ -14,7 +14,6 @@ import asyncio
 import hashlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -22,9 +21,8 @@ from typing import Any, cast
 import hivemind
 import torch
 from hivemind.averaging.control import AveragingStage
-from hivemind.optim.progress_tracker import ProgressTracker
 from hivemind.optim.state_averager import dump_optimizer_state
-from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils import get_dht_time
 
 from hivetrain.errors import ServiceError
 from hivetrain.trainer.averagers import Notes, SwarmGradientAverager, SwarmStateAverager
@@ -32,6 +30,7 @@ from hivetrain.trainer.config import CODECS, CODED_OPTIONS, SwarmConfig
 from hivetrain.trainer.finite import all_finite
 from hivetrain.trainer.node import Node, kept_interrupt
 from hivetrain.trainer.rounds import RoundReport
+from hivetrain.trainer.tracker import SwarmTracker
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,6 @@ MAX_BACKOFF_S = 30.0
 LEFT_BEHIND_TRIES = 3
 EARLY = 1.5  # times the matchmaking, before the swarm is expected to have its samples: a group is looked for
 LONG_STEP = 1 / 6  # of the averaging timeout: who has longer steps comes at once, for a third is all that others wait
-REPORT_S = 0.5  # between two reports of our samples: no peer looks more often
 
 _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "none": hivemind.compression.NoCompression,
@@ -49,52 +47,6 @@ _COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
     "quantile_8bit": hivemind.compression.Quantile8BitQuantization,
     "blockwise_8bit": hivemind.compression.BlockwiseQuantization,
 }
-
-
-class Reports(threading.Event):
-    """Set where our progress is to be reported: not where only samples were added to what was reported just now."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self._clock, self._epoch, self._at, self._due = clock, -1, 0.0, True
-
-    def note(self, epoch: int, samples: int) -> None:
-        """What the next `set` is for."""
-        now = self._clock()
-        self._due = epoch != self._epoch or samples == 0 or now >= self._at + REPORT_S
-        if self._due:
-            self._epoch, self._at = epoch, now
-
-    def set(self) -> None:
-        if self._due:
-            super().set()
-
-
-class _Tracker(ProgressTracker):  # type: ignore[misc]
-    called: Callable[[], bool] = staticmethod(lambda: False)
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs, start=False)
-        self.should_report_progress = Reports()
-        self.start()
-
-    def report_local_progress(self, local_epoch: int, samples_accumulated: int, **kwargs: Any) -> None:
-        """As hivemind's; but the thread that signs and stores a report, while training waits, does not at each step."""
-        self.should_report_progress.note(local_epoch, samples_accumulated)
-        super().report_local_progress(local_epoch, samples_accumulated, **kwargs)
-
-    @property
-    def ready_to_update_epoch(self) -> bool:
-        """Whether the swarm has its samples: as far as we know, or because a member of our group knows."""
-        return self.called() or bool(super().ready_to_update_epoch)
-
-    def _parse_swarm_progress_data(self, metadata: Any) -> Any:
-        # What the DHT holds of ourselves is older than what we know: with it, an epoch would last some steps longer.
-        ours = self.local_progress
-        if isinstance(metadata, dict) and metadata and (ours.samples_accumulated or self._local_public_key in metadata):
-            entry = ValueWithExpiration(ours.dict(), get_dht_time() + self.metadata_expiration)
-            metadata = {**metadata, self._local_public_key: entry}
-        return super()._parse_swarm_progress_data(metadata)
 
 
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
@@ -152,8 +104,8 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             )  # fmt: skip
         self.tracker.called = self._is_called
 
-    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> _Tracker:
-        return _Tracker(
+    def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> SwarmTracker:
+        return SwarmTracker(
             dht=self.dht,
             prefix=self.run_id,
             target_batch_size=target_batch_size,

@@ -8,8 +8,8 @@ import torch
 def all_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether no value is infinite or NaN.
 
-    A sum is finite only where all its values are, and takes a fortieth of the time; large ones may overflow it. All sums
-    are looked at in one go, for which an accelerator is waited for once.
+    A sum is finite only where all its values are, and takes a fortieth of the time; large ones may overflow it. All
+    sums are looked at in one go, for which an accelerator is waited for once.
     """
     if not tensors:
         return True

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
 
 from hivetrain.trainer.exchange import Averaged
 from hivetrain.trainer.finite import all_finite
+from hivetrain.trainer.tracker import Reports
 
 LOOKING, FORMED = AveragingStage.LOOKING_FOR_GROUP, AveragingStage.AWAITING_TRIGGER
 
@@ -163,7 +164,7 @@ def test_who_has_long_steps_calls_nobody_and_comes_at_once() -> None:
 
 def test_reports_that_come_soon_after_another_are_left_out_but_not_that_of_a_new_epoch() -> None:
     clock = [100.0]
-    alarm = engine.Reports(lambda: clock[0])
+    alarm = Reports(lambda: clock[0])
 
     def reports(epoch: int, samples: int, after_s: float) -> bool:
         alarm.clear()
