@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
 from hivetrain.errors import ConfigError, ServiceError
@@ -21,13 +21,14 @@ PRESENCE_S = 30.0
 REFRESH_S = 8.0
 ENDING_S = 600.0
 POLL_S = 0.5
+OURS = None  # whose record needs no owner
 
 
 class Directory(Protocol):
-    """Where records are kept: each peer writes its own, everyone reads all. Both raise `ServiceError`."""
+    """Where records are kept: each peer writes its own, everyone reads all, by owner. Both raise `ServiceError`."""
 
     def publish(self, key: str, value: object | None, expires_in_s: float) -> None: ...
-    def read(self, key: str) -> list[object]: ...
+    def read(self, key: str) -> Mapping[Hashable, object]: ...
 
 
 class Board:
@@ -81,8 +82,7 @@ class Board:
 
     def others(self) -> list[Presence]:
         """Everyone else who is here."""
-        found = [Presence.from_wire(value) for value in self._directory.read(self._key("peers"))]
-        return [presence for presence in found if presence is not None and presence.peer_id != self.me.peer_id]
+        return list(self._here().values())
 
     def settle(
         self,
@@ -112,12 +112,11 @@ class Board:
         """
         until, mine = clock() + deadline_s, self._publish_ending(*state(), shares)
         while True:
-            expected = [self.me.peer_id, *(other.peer_id for other in self.others())]
-            found = {ending.peer_id: ending for ending in self._endings()}
-            found[self.me.peer_id] = mine
-            present = [found[peer_id] for peer_id in expected if peer_id in found]
+            here = self._here()
+            found = {OURS: mine, **self._endings(here)}
+            expected, present = [OURS, *here], list(found.values())
             if (late := clock() - until) >= 0:  # whoever was killed is still listed for a while
-                expected = [ending.peer_id for ending in present]
+                expected = list(found)
             if agreed(found, expected):
                 return True
             if late >= download_s:
@@ -140,9 +139,16 @@ class Board:
             self._stopping.set()
             self._withdraw()
 
-    def _endings(self) -> list[Ending]:
-        found = [Ending.from_wire(value) for value in self._directory.read(self._key("end"))]
-        return [ending for ending in found if ending is not None]
+    def _here(self) -> dict[Hashable, Presence]:
+        read = self._directory.read(self._key("peers"))
+        found = {owner: Presence.from_wire(value) for owner, value in read.items()}
+        return {owner: one for owner, one in found.items() if one is not None and one.peer_id != self.me.peer_id}
+
+    def _endings(self, here: Mapping[Hashable, Presence]) -> dict[Hashable, Ending]:
+        """How those who are here ended, as each says of itself: nobody ends another's run."""
+        read = self._directory.read(self._key("end"))
+        found = {owner: Ending.from_wire(read[owner]) for owner in here if owner in read}
+        return {owner: one for owner, one in found.items() if one is not None and one.peer_id == here[owner].peer_id}
 
     def _publish_ending(self, epoch: int, digest: str, samples: int, shares: bool) -> Ending:
         ending = Ending(peer_id=self.me.peer_id, epoch=epoch, digest=digest, samples=samples, shares=shares)

@@ -12,7 +12,7 @@ has to be able to share it. Whoever came in the last epoch has the number of tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hivetrain.errors import ConfigError
@@ -135,9 +135,9 @@ def canonical(endings: Sequence[Ending], most_samples: int = MAX_SAMPLES) -> End
     return min(holders, key=lambda ending: ending.peer_id)
 
 
-def agreed(endings: Mapping[str, Ending], expected: Sequence[str]) -> bool:
+def agreed(endings: Mapping[Hashable, Ending], expected: Sequence[Hashable]) -> bool:
     """Whether everyone who is expected has ended, with one state."""
-    found = [endings.get(peer_id) for peer_id in expected]
+    found = [endings.get(owner) for owner in expected]
     return all(found) and len({(ending.epoch, ending.digest) for ending in found if ending}) <= 1
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -84,16 +84,17 @@ class Node:
         if not self._wait(future, key):
             raise ServiceError(f"the DHT did not store {key!r}")
 
-    def read(self, key: str) -> list[object]:
-        """Everyone's unexpired records under ``key``, as they wrote them.
+    def read(self, key: str) -> dict[Hashable, object]:
+        """Everyone's unexpired records under ``key``, as they wrote them, by the key that signed them.
 
         Raises:
             ServiceError: the DHT did not answer.
         """
         found = self._wait(self.dht.get(key, latest=True, return_future=True), key)
         if found is None or not isinstance(found.value, dict):
-            return []
-        return [entry.value for entry in found.value.values() if getattr(entry, "value", None) is not None]
+            return {}
+        entries = {owner: getattr(entry, "value", None) for owner, entry in found.value.items()}
+        return {owner: value for owner, value in entries.items() if value is not None}
 
     def close(self) -> None:
         if self.dht is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 import pytest
 
@@ -31,8 +32,8 @@ class Directory:
         if value is not None:
             mine[self._peer_id] = value
 
-    def read(self, key: str) -> list[object]:
-        return list(self._records.values.get(key, {}).values())
+    def read(self, key: str) -> dict[Hashable, object]:
+        return dict(self._records.values.get(key, {}))
 
 
 def presence(peer_id: str, since: float = 0.0, epochs: int = 10, model: str = "gpt2") -> Presence:
@@ -212,6 +213,19 @@ def test_a_newcomer_of_the_last_epoch_takes_the_state_of_who_finished_it(records
     assert (elder.digest, elder.downloads, elder.shares) == ("new", 0, True)
     assert (newcomer.digest, newcomer.downloads, newcomer.shares) == ("new", 1, False)
     for end in (newcomer, elder):
+        end.board.close()
+
+
+@pytest.mark.parametrize("comes", [False, True], ids=["a stranger", "a peer"])
+def test_nobody_can_say_how_another_peer_ended(records: Records, comes: bool) -> None:
+    a, b = End(records, "a", 0, "x"), End(records, "b", 1, "x")
+    b.board._publish_ending(10, "x", 96, True)
+    if comes:
+        records.of("liar").publish("run_hivetrain_peers", presence("liar", 2.0).to_wire(), 60)
+    records.of("liar").publish("run_hivetrain_end", ending("b", "z", epoch=11, samples=1000).to_wire(), 60)
+    assert a.settle(source="z")
+    assert (a.digest, a.downloads) == ("x", 0)
+    for end in (a, b):
         end.board.close()
 
 
