@@ -16,10 +16,11 @@ import logging
 import math
 import multiprocessing
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import hivemind
 import torch
 from hivemind.averaging.averager import AveragingMode, DecentralizedAverager
 from hivemind.averaging.control import AveragingStage
@@ -40,8 +41,17 @@ from hivetrain.trainer.node import die_with, quieten_asyncio
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = "/hivetrain/swarm/1/"
+PROTOCOL = "/hivetrain/swarm/2/"
 MAX_MADDRS = 16
+
+COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
+    "none": hivemind.compression.NoCompression,
+    "float16": hivemind.compression.Float16Compression,
+    "scaled_float16": hivemind.compression.ScaledFloat16Compression,
+    "uniform_8bit": hivemind.compression.Uniform8BitQuantization,
+    "quantile_8bit": hivemind.compression.Quantile8BitQuantization,
+    "blockwise_8bit": hivemind.compression.BlockwiseQuantization,
+}
 
 
 class Notes:
@@ -146,11 +156,12 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
         """A group, whose members meet as soon as it is formed; where they part before it is used, another one."""
         assert self._opening is not None
         await asyncio.shield(self._opening)
-        self.notes.due = math.inf
         while True:
+            self.notes.due = math.inf
             group = await look(step)
             if group is None:
                 return None
+            self.notes.due = math.inf  # training may have called the group that fell apart just then
             meeting = self._meeting = self._meet(group)
             try:
                 if not step.triggered:
@@ -165,7 +176,6 @@ class _Averager(DecentralizedAverager):  # type: ignore[misc]
             logger.info("swarm: the group fell apart before it averaged: looking for another")
             await meeting.close()
             step.stage = AveragingStage.LOOKING_FOR_GROUP
-            self.notes.due = math.inf
 
     def _meet(self, group: Any) -> Meeting:
         assert self._lobby is not None

@@ -14,8 +14,10 @@ import asyncio
 import hashlib
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 import hivemind
@@ -25,7 +27,7 @@ from hivemind.optim.state_averager import dump_optimizer_state
 from hivemind.utils import get_dht_time
 
 from hivetrain.errors import ServiceError
-from hivetrain.trainer.averagers import Notes, SwarmGradientAverager, SwarmStateAverager
+from hivetrain.trainer.averagers import COMPRESSIONS, Notes, SwarmGradientAverager, SwarmStateAverager
 from hivetrain.trainer.config import CODECS, CODED_OPTIONS, SwarmConfig
 from hivetrain.trainer.finite import all_finite
 from hivetrain.trainer.node import Node, kept_interrupt
@@ -38,15 +40,6 @@ MAX_BACKOFF_S = 30.0
 LEFT_BEHIND_TRIES = 3
 EARLY = 1.5  # times the matchmaking, before the swarm is expected to have its samples: a group is looked for
 LONG_STEP = 1 / 6  # of the averaging timeout: who has longer steps comes at once, for a third is all that others wait
-
-_COMPRESSIONS: Mapping[str, Callable[[], Any]] = {
-    "none": hivemind.compression.NoCompression,
-    "float16": hivemind.compression.Float16Compression,
-    "scaled_float16": hivemind.compression.ScaledFloat16Compression,
-    "uniform_8bit": hivemind.compression.Uniform8BitQuantization,
-    "quantile_8bit": hivemind.compression.Quantile8BitQuantization,
-    "blockwise_8bit": hivemind.compression.BlockwiseQuantization,
-}
 
 
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
@@ -62,6 +55,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         take_samples: samples since it was last called.
         on_round: called after each step of the swarm, on the training thread.
         shares_state: whether others may download our state from the beginning.
+        is_last_step: whether training ends after the step under way.
     """
 
     def __init__(
@@ -76,13 +70,17 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         take_samples: Callable[[], int],
         on_round: Callable[[RoundReport], None],
         shares_state: bool,
+        is_last_step: Callable[[], bool],
     ) -> None:
+        self._is_last_step = is_last_step
         self._take_samples, self._on_round, self._shares_state = take_samples, on_round, shares_state
         self._notes, self._state_notes = Notes(), Notes()
         self._reach = config.reach
         self._group_size: int | None = None
         self._group_samples: int | None = None
-        self._own_samples = self._step_samples = 0
+        self._own_samples = 0
+        self._steps_s: deque[float] = deque(maxlen=5)
+        self._step_ended: float | None = None
         self.most_peers = 1
         self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
@@ -94,7 +92,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         options["client_mode"] = True  # hivemind reads any value as "what the DHT is"
         self._codecs = [CODECS[str(options.pop(name, "none"))] for name in CODED_OPTIONS]
         if "load_state_compression" in options:
-            options["load_state_compression"] = _COMPRESSIONS[str(options["load_state_compression"])]()
+            options["load_state_compression"] = COMPRESSIONS[str(options["load_state_compression"])]()
         if not options.get("use_local_updates"):
             options["grad_averager_factory"] = self._make_grad_averager
         with kept_interrupt():
@@ -133,10 +131,14 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         )  # fmt: skip
 
     def step(self, closure: Any = None, batch_size: int | None = None, grad_scaler: Any = None) -> Any:
+        if self._step_ended is not None:
+            self._steps_s.append(time.monotonic() - self._step_ended)
         samples = self._take_samples()
-        self._step_samples = batch_size or samples or self.batch_size_per_step
         self.most_peers = max(self.most_peers, self.tracker.global_progress.num_peers)
-        return super().step(closure, self._step_samples, grad_scaler)
+        try:
+            return super().step(closure, batch_size or samples or None, grad_scaler)
+        finally:
+            self._step_ended = time.monotonic()
 
     @property
     def trained_samples(self) -> int:
@@ -265,24 +267,23 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         return self._eta_s() + float(self.averaging_timeout)
 
     def _step_s(self) -> float:
-        """How long one of our steps takes, as measured; 0 where it is so long that others would not wait for it."""
-        step_s = self._step_samples / float(self.tracker.performance_ema.samples_per_second)
-        return step_s if step_s <= LONG_STEP * self.allreduce_timeout else 0.0
+        """How long one of our steps takes: most of the last ones, whatever was done between two."""
+        return statistics.median(self._steps_s) if self._steps_s else 0.0
 
     def _call_group(self) -> None:
         """Call the group for the end of our next step, where the swarm will have its samples then."""
         control, step_s = self.scheduled_grads, self._step_s()
         if control is None or not _is_formed(control) or self._notes.due < math.inf or self._waits_for_states_group():
             return
-        if step_s and self._eta_s() <= step_s:
+        if 0 < step_s <= LONG_STEP * self.allreduce_timeout and self._eta_s() <= step_s and not self._is_last_step():
             self.grad_averager.call_group(step_s)
 
     def _is_called(self) -> bool:
         """Whether our group is formed, and the end of none of our steps is nearer to the time it was called for."""
         control = self.scheduled_grads
-        if control is None or not _is_formed(control):
+        if control is None or control.triggered or not _is_formed(control) or self._notes.due == math.inf:
             return False
-        return time.monotonic() + self._step_s() / 2 >= self._notes.due
+        return self._is_last_step() or time.monotonic() + self._step_s() / 2 >= self._notes.due
 
     def _waits_for_states_group(self) -> bool:
         """Whether the state's group is looked for, and the swarm has had its samples for less than the matchmaking."""
@@ -299,7 +300,9 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         if control is None or control.triggered or control.done():
             return False
         self._waits_since = time.monotonic() if self._waits_since is None else self._waits_since
-        return not _is_formed(control) or self._waits_for_states_group() or self._notes.due < math.inf
+        if not _is_formed(control):
+            return True
+        return not self._is_last_step() and (self._waits_for_states_group() or self._notes.due < math.inf)
 
     def _is_left_behind(self) -> bool:
         """Whether others have ended our epoch, no group of ours is about to, and they may give us their state."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -142,7 +143,7 @@ class Meeting:
         self._changed = asyncio.Event()
         self._first_ready: float | None = None
         self._due: float | None = None
-        self._may_call = True
+        self._may_call, self._wanted = True, math.inf
         self._stream: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
         self._settled: asyncio.Future[GroupPlan | None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,9 +176,15 @@ class Meeting:
         """Have everyone come in so many seconds, unless they were called before. Else they are when we are ready."""
         if self._leads:
             self._call(in_s)
-        elif self._may_call and self._due is None and self._stream.done() and self._stream.exception() is None:
+            return
+        self._wanted = asyncio.get_running_loop().time() + min(in_s, MAX_CALL_S)
+        if self._stream.done() and self._stream.exception() is None:
+            await self._say_call(self._stream.result())
+
+    async def _say_call(self, stream: Stream) -> None:
+        if self._may_call and self._due is None and self._wanted < math.inf:
             self._may_call = False
-            await _tell(self._stream.result(), Call(in_s=min(in_s, MAX_CALL_S)))
+            await _tell(stream, Call(in_s=max(0.0, self._wanted - asyncio.get_running_loop().time())))
 
     async def settle(self, weight: float, root: bytes | None) -> GroupPlan | None:
         """Say what we bring, and learn what is averaged.
@@ -229,8 +236,9 @@ class Meeting:
                     if loop.time() >= until:
                         raise
                     await asyncio.sleep(AGAIN_S)
-            self._stream.set_result(stream)
             await stream.send(self._arrival.to_bytes())
+            self._stream.set_result(stream)
+            await self._say_call(stream)
             message = await receive(stream, Called, Settled, max_bytes=2 * MAX_PLAN_BYTES)
             if isinstance(message, Called):
                 self._call(message.in_s)

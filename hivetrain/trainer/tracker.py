@@ -20,18 +20,23 @@ REPORT_S = 0.5  # between two reports of our samples: no peer looks more often
 
 
 class Reports(threading.Event):
-    """Set where our progress is to be reported: not where only samples were added to what was reported just now."""
+    """Set where our progress is to be reported: not where only samples were added to what was reported just now.
+
+    An epoch's first samples are reported however short it is: who reports none for two epochs, hivemind forgets.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._clock, self._epoch, self._at, self._due = clock, -1, 0.0, True
+        self._clock, self._at, self._due = clock, 0.0, True
+        self._counted = -1  # the epoch of which samples were reported last
 
     def note(self, epoch: int, samples: int) -> None:
         """What the next `set` is for."""
         now = self._clock()
-        self._due = epoch != self._epoch or samples == 0 or now >= self._at + REPORT_S
+        self._due = samples == 0 or epoch != self._counted or now >= self._at + REPORT_S
         if self._due:
-            self._epoch, self._at = epoch, now
+            self._at = now
+            self._counted = epoch if samples else -1
 
     def set(self) -> None:
         due, self._due = self._due, True  # without a note, it is for something else: that we leave

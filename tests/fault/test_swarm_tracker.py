@@ -88,6 +88,16 @@ def test_an_answer_from_before_our_epoch_does_not_count_as_news_of_it(dht: Stuck
     assert tracker.fetched_global_progress_this_epoch.wait(10)
 
 
+def test_a_peer_is_seen_however_short_its_epochs_are(dht: StuckDHT, tracker: SwarmTracker) -> None:
+    for epoch in range(6):
+        known = len(dht.stored)
+        tracker.report_local_progress(epoch, 5)
+        until(lambda known=known: len(dht.stored) > known)
+        with tracker.pause_updates():
+            tracker.update_epoch(epoch + 1)
+    assert {said["epoch"] for said in dht.stored if said and said["samples_accumulated"]} == set(range(6))
+
+
 def test_a_dht_that_never_answers_does_not_keep_the_tracker_from_ending(dht: StuckDHT, tracker: SwarmTracker) -> None:
     until(lambda: dht.asked)
     tracker.report_local_progress(0, 1)

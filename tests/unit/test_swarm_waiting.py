@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import multiprocessing
 import time
 import types
 import warnings
@@ -71,10 +72,10 @@ def optimizer(gradients: Control | None, state: Control | None = None, peers: in
     made.__dict__.update(
         _parent_pid=0, scheduled_grads=gradients, scheduled_state=state, grad_averager=Group(notes),
         matchmaking_time=1e6, allreduce_timeout=1e6, _waits_since=None, _failed_downloads=0, _notes=notes,
-        _step_samples=4, state_averager=types.SimpleNamespace(local_epoch=3),
+        _steps_s=[STEP_S], _is_last_step=lambda: False, state_averager=types.SimpleNamespace(local_epoch=3),
         tracker=types.SimpleNamespace(
             global_progress=types.SimpleNamespace(num_peers=peers), global_epoch=epoch, ready_to_update_epoch=True,
-            performance_ema=types.SimpleNamespace(samples_per_second=4 / STEP_S), estimated_next_update_time=0.0,
+            estimated_next_update_time=0.0,
         ),
     )  # fmt: skip
     return made
@@ -154,12 +155,34 @@ def test_a_group_is_called_once_for_the_end_of_the_step_after_which_the_swarm_ha
     assert calls(0.0, formed, Control(), matchmaking_time=0.0, _waits_since=0.0) == [STEP_S]
 
 
-def test_who_has_long_steps_calls_nobody_and_comes_at_once() -> None:
+@pytest.mark.parametrize(
+    "changed", [{"allreduce_timeout": 5 * STEP_S}, {"_is_last_step": lambda: True}], ids=["long steps", "its last step"]
+)
+def test_who_has_long_steps_or_no_other_calls_nobody_and_comes_at_once(changed: dict[str, Any]) -> None:
     waiting = optimizer(Control(stage=FORMED))
-    waiting.allreduce_timeout = 5 * STEP_S
+    waiting.__dict__.update(changed)
     waiting._maybe_schedule_gradient_averaging()
     assert waiting.grad_averager.calls == []
     assert not waiting._goes_on()
+    waiting._notes.due = time.monotonic() + 0.4 * STEP_S
+    assert waiting._is_called()
+
+
+def test_who_is_called_for_later_than_its_last_step_comes_at_that_ones_end() -> None:
+    waiting = optimizer(Control(stage=FORMED))
+    waiting._notes.due = time.monotonic() + 9 * STEP_S
+    assert waiting._goes_on()
+    waiting._is_last_step = lambda: True
+    assert waiting._is_called()
+    assert not waiting._goes_on()
+
+
+def test_a_pause_between_two_steps_is_no_measure_of_a_step() -> None:
+    waiting = optimizer(None)
+    waiting._steps_s = [0.1, 60.0, 0.1]
+    assert waiting._step_s() == 0.1
+    waiting._steps_s = []
+    assert waiting._step_s() == 0.0
 
 
 def test_reports_that_come_soon_after_another_are_left_out_but_not_that_of_a_new_epoch() -> None:
@@ -177,12 +200,13 @@ def test_reports_that_come_soon_after_another_are_left_out_but_not_that_of_a_new
     assert not reports(3, 8, 0.4)
     assert reports(3, 12, 0.2)
     assert reports(4, 0, 0.1)
-    assert not reports(4, 4, 0.1)
+    assert reports(4, 4, 0.1), "an epoch's first"
+    assert not reports(4, 8, 0.1)
     assert reports(4, 0, 0.1), "samples were dropped"
 
 
 def test_a_call_to_another_group_than_ours_is_not_heard() -> None:
-    for control in (None, Control(), Control(stage=FORMED, ended=True)):
+    for control in (None, Control(), Control(stage=FORMED, ended=True), Control(stage=FORMED, triggered=True)):
         waiting = optimizer(control)
         waiting._notes.due = 0.0
         assert not waiting._is_called()
@@ -217,6 +241,10 @@ def test_who_is_given_no_state_after_some_tries_steps_alone() -> None:
 class Meeting:
     def __init__(self) -> None:
         self.broken, self.closed = asyncio.Event(), False
+        self.calls: list[float] = []
+
+    async def call(self, in_s: float) -> None:
+        self.calls.append(in_s)
 
     async def close(self) -> None:
         self.closed = True
@@ -252,6 +280,21 @@ def test_a_group_that_falls_apart_before_it_is_used_is_replaced() -> None:
         assert first.closed
         assert not second.closed
         assert bent.notes.due == math.inf
+
+    asyncio.run(main())
+
+
+def test_a_call_goes_by_the_pipe_to_the_newest_group() -> None:
+    async def main() -> None:
+        here, there = multiprocessing.Pipe()
+        meeting, bent = Meeting(), averager([])
+        bent.__dict__.update(_outer_pipe=here, _meeting=meeting)
+        bent.notes.due = math.inf
+        bent.call_group(5.0)
+        assert bent.notes.due == pytest.approx(time.monotonic() + 5.0, abs=1.0)
+        method, args, kwargs = there.recv()
+        await getattr(bent, method)(*args, **kwargs)
+        assert meeting.calls == [5.0]
 
     asyncio.run(main())
 
