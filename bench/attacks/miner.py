@@ -93,7 +93,7 @@ def make_cheat(name: str) -> Cheat:
 
 
 class BentHandlers(Handlers):
-    """The miner's handlers, whose answers to Train pass through the cheat."""
+    """The miner's handlers, whose answers to Train pass through the cheat: receipts, and what is opened with one."""
 
     def __init__(self, real: Handlers, cheat: Cheat, late_s: float) -> None:
         self.__dict__.update(real.__dict__)
@@ -105,7 +105,7 @@ class BentHandlers(Handlers):
         reply = await super().train(synapse, caller)
         if reply.receipt is not None:
             self._asked += 1
-            return reply.model_copy(update={"receipt": self._cheat.receipt(self._asked - 1, reply.receipt)})
+            reply = reply.model_copy(update={"receipt": self._cheat.receipt(self._asked - 1, reply.receipt)})
         if reply.status != "opened":
             return reply
         answer = await asyncio.to_thread(self._cheat.answer, synapse, reply)
@@ -135,6 +135,7 @@ class CheatingMiner(Miner):
     def begin_round(self, position: Position, base: Ref) -> None:
         """As every neuron does; then whatever the cheat does to the run itself."""
         super().begin_round(position, base)
+        self._announce_another()  # when we started, the others may not have been there
         if isinstance(self.cheat, CallsWithoutPermit | TagsTheNextEpoch):
             try:
                 self.cheat.meddle(self)
@@ -228,17 +229,21 @@ class CheatingMiner(Miner):
     def announce(self, epoch: int | None = None, manifest: str | None = None) -> None:
         """Announce ourselves, and then whoever the cheat says that we are."""
         super().announce(epoch, manifest)
-        anchors = parse_anchors(self.chain.commitments())
-        permitted = set(self.validators())
-        mine = anchors[self.identity.hotkey][1]
-        others = [
-            anchor.peer_id
-            for hotkey, (_, anchor) in sorted(anchors.items())
-            if hotkey != self.identity.hotkey and hotkey not in permitted and anchor.peer_id
-        ]
-        said = self.cheat.peer_id(mine.peer_id, others)
-        if said != mine.peer_id:
-            with contextlib.suppress(ServiceError):
+        self._announce_another()
+
+    def _announce_another(self) -> None:
+        with contextlib.suppress(ServiceError):  # there is another round
+            anchors = parse_anchors(self.chain.commitments())
+            if self.identity.hotkey not in anchors:
+                return
+            mine, permitted = anchors[self.identity.hotkey][1], set(self.validators())
+            others = [
+                anchor.peer_id
+                for hotkey, (_, anchor) in sorted(anchors.items())
+                if hotkey != self.identity.hotkey and hotkey not in permitted and anchor.peer_id
+            ]
+            said = self.cheat.peer_id(mine.peer_id, others)
+            if said != mine.peer_id:
                 self.chain.commit(mine.model_copy(update={"peer_id": said}).to_bytes())
 
 
