@@ -40,12 +40,13 @@ def test_only_template_imports_bittensor() -> None:
     assert importers("template", "bittensor")
 
 
-# Neurons need its libp2p streams; the trainer needs its optimizer, and the DHT in a process of its own.
+# Neurons need its libp2p streams; the trainer needs its optimizer and tracker, and the DHT in a process of its own.
 HIVEMIND_ADAPTERS = {
     "hivetrain/averaging/swarm.py",
     "hivetrain/trainer/averagers.py",
     "hivetrain/trainer/engine.py",
     "hivetrain/trainer/node.py",
+    "hivetrain/trainer/tracker.py",
 }
 
 
