@@ -143,7 +143,7 @@ class Meeting:
         self._changed = asyncio.Event()
         self._first_ready: float | None = None
         self._due: float | None = None
-        self._may_call, self._wanted = True, math.inf
+        self._arrived, self._may_call, self._wanted = False, True, math.inf
         self._stream: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
         self._settled: asyncio.Future[GroupPlan | None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -178,7 +178,7 @@ class Meeting:
             self._call(in_s)
             return
         self._wanted = asyncio.get_running_loop().time() + min(in_s, MAX_CALL_S)
-        if self._stream.done() and self._stream.exception() is None:
+        if self._arrived:
             await self._say_call(self._stream.result())
 
     async def _say_call(self, stream: Stream) -> None:
@@ -236,8 +236,9 @@ class Meeting:
                     if loop.time() >= until:
                         raise
                     await asyncio.sleep(AGAIN_S)
-            await stream.send(self._arrival.to_bytes())
             self._stream.set_result(stream)
+            await stream.send(self._arrival.to_bytes())
+            self._arrived = True
             await self._say_call(stream)
             message = await receive(stream, Called, Settled, max_bytes=2 * MAX_PLAN_BYTES)
             if isinstance(message, Called):
