@@ -1,7 +1,7 @@
 """Fine-tune DoRA adapters with friends: the base stays as it is, only the adapters' gradients travel.
 
-    python examples/dora.py --run_id spanish_dora
-    PEERS=/ip4/... python examples/dora.py --run_id spanish_dora
+    python examples/dora.py --run_id spanish_dora --min_peers 2
+    PEERS=/ip4/... python examples/dora.py --run_id spanish_dora --min_peers 2 --output_dir outputs/friend
 
 Everyone has to load the same base (name and revision) and the same LoraConfig: a difference is refused by name.
 """
@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--model", help="name or folder of a causal language model; default: a tiny one")
     parser.add_argument("--data", help="a text file, one document a line; default: made-up text")
     parser.add_argument("--output_dir", default="outputs/dora")
-    parser.add_argument("--max_steps", type=int, default=100, help="of this peer, at most")
+    parser.add_argument("--min_peers", type=int, default=1, help="how many have to be there before training begins")
+    parser.add_argument("--swarm_epochs", type=int, default=0, help="steps of the swarm; 12 without max_steps")
+    parser.add_argument("--max_steps", type=int, default=-1, help="of this peer, at most")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("hivetrain").setLevel(logging.INFO)
@@ -42,11 +44,18 @@ def main() -> None:
             per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
             max_steps=options.max_steps,
+            swarm_epochs=options.swarm_epochs or (12 if options.max_steps < 0 else 0),
+            min_peers=options.min_peers,
+            dataloader_pin_memory=False,
             learning_rate=2e-3 if options.model is None else 2e-4,
             warmup_steps=2,
             logging_steps=10,
             report_to=[],
-            hivemind_config={"dht": {}, "opt": {"run_id": options.run_id, "target_batch_size": 64, "verbose": False}},
+            hivemind_config={
+                "dht": {},
+                # Tiny models end an epoch sooner than peers between continents find each other.
+                "opt": {"run_id": options.run_id, "target_batch_size": 64, "matchmaking_time": 2.0},
+            },
         ),
     )
     trainer.train()

@@ -62,7 +62,7 @@ def run_audit(
         raise ConfigError("an audit reads the training data from a hub: name --hub.endpoint or --dir")
     torch.set_num_threads(1)
     ref = source.epoch(epoch, verify)
-    records, _ = source.records(ref, hotkey, verify)
+    hotkey, records, _ = source.records(ref, hotkey, verify)
     receipt = _receipt(records, hotkey)
     twice = two_receipts(records, verify).get(hotkey)
     if twice is not None:

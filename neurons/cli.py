@@ -249,7 +249,7 @@ def generate(
 
 
 EpochArgument = Annotated[int, typer.Argument(help="a published epoch", min=0)]
-HotkeyArgument = Annotated[str, typer.Argument(help="the miner's hotkey (ss58)")]
+HotkeyArgument = Annotated[str, typer.Argument(help="the miner's hotkey (ss58), or how it begins")]
 EndpointOption = Annotated[str, typer.Option("--hub.endpoint", help="another hub than that of the network in --dir")]
 RepoOption = Annotated[str, typer.Option("--hub.repo", help="the run's repository on it, OWNER/NAME")]
 CopyOption = Annotated[Path | None, typer.Option("--from", help="read a copy that `mirror` wrote, instead of a hub")]

@@ -119,7 +119,7 @@ def explain(source: Source, epoch: int, hotkey: str) -> Explanation:
     """
     terms = source.terms()
     ref = source.epoch(epoch, verify)
-    records, refused = source.records(ref, hotkey, verify)
+    hotkey, records, refused = source.records(ref, hotkey, verify)
     manifest = ref.manifest
     found = Explanation(
         epoch=epoch,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -24,6 +26,8 @@ from neurons.main import log_retries
 from neurons.report import read_genesis
 
 MAX_LEADERS = 64
+MIN_PREFIX = 4
+LOCAL_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +129,19 @@ class Source:
             leaders.add(ref.manifest.leader)
         return self.named | leaders
 
-    def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[list[RoundRecord], dict[str, str]]:
+    def records(self, ref: Ref, hotkey: str, verify: Verify) -> tuple[str, list[RoundRecord], dict[str, str]]:
         """The validators' records of the round that made an epoch, and why some are refused, by validator.
 
         Strangers' records are read as well, if they can be; nobody is refused for a file under a made-up name.
 
+        Args:
+            hotkey: a miner's, or the beginning of one miner's alone, as logs show it.
+
+        Returns:
+            The whole hotkey, the records, the reasons.
+
         Raises:
-            ConfigError: none of them has ``hotkey``.
+            ConfigError: none of them has ``hotkey``, or several begin with it.
             HivetrainError: there is none that holds.
         """
         number = ref.manifest.round
@@ -142,10 +152,23 @@ class Source:
         if not records:
             why = "; ".join(refused.values()) or "no validator has published any"
             raise HivetrainError(f"no checks of round {number}, which made epoch {ref.epoch}: {why}")
-        if not any(hotkey in record.miners for record in records):
-            miners = sorted({one for record in records for one in record.miners})
-            raise ConfigError(f"{hotkey} was no miner of epoch {ref.epoch}; its miners: {', '.join(miners)}")
-        return [record for record in records if hotkey in record.miners], refused
+        miners = sorted({one for record in records for one in record.miners})
+        if hotkey not in miners:
+            meant = [one for one in miners if len(hotkey) >= MIN_PREFIX and one.startswith(hotkey)]
+            if len(meant) != 1:
+                named = "is the beginning of several miners of" if meant else "is no miner's hotkey in"
+                raise ConfigError(f"{hotkey} {named} epoch {ref.epoch}; its miners: {', '.join(miners)}")
+            hotkey = meant[0]
+        return hotkey, [record for record in records if hotkey in record.miners], refused
+
+
+def _is_up(endpoint: str) -> bool:
+    place = urlsplit(endpoint)
+    try:
+        with socket.create_connection((place.hostname or "", place.port or 80), LOCAL_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | None = None) -> Source:
@@ -156,9 +179,10 @@ def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | N
     """
     log_retries()
     named: frozenset[str] = frozenset()
+    of_network = False
     if not endpoint and (dir / "genesis.json").is_file():
         genesis = read_genesis(dir)
-        endpoint, repo = genesis.hub_endpoint, repo or genesis.hub_repo
+        endpoint, repo, of_network = genesis.hub_endpoint, repo or genesis.hub_repo, True
         named = frozenset(wallet.ss58 for wallet in genesis.wallets if wallet.role == "validator")
     if copy is not None:
         if not copy.is_dir():
@@ -166,6 +190,11 @@ def open_source(*, dir: Path, endpoint: str = "", repo: str = "", copy: Path | N
         return Source(store=FolderStore(copy), repo=repo, endpoint=endpoint, label=str(copy), named=named)
     if not endpoint:
         raise ConfigError(f"no run in {dir}; name --dir, --hub.endpoint and --hub.repo, or a copy with --from FOLDER")
+    if of_network and not _is_up(endpoint):
+        raise ConfigError(
+            f"the network in {dir} does not run: its hub {endpoint} does not answer. Start it again with "
+            "`hivetrain up`, or read a copy that `hivetrain mirror` wrote with --from FOLDER"
+        )
     if not repo:
         raise ConfigError("--hub.repo is needed with --hub.endpoint: the run's repository, OWNER/NAME")
     return Source(

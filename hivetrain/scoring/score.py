@@ -208,4 +208,7 @@ def _by_one(measured: Bandwidth | None, scoring: Scoring) -> tuple[float, str]:
     if measured.size_bytes < SMALL_BYTES:
         return 1.0, f"{measured.size_bytes} bytes in time (too few for a rate)"
     mbps = 8e-6 * measured.size_bytes / max(measured.seconds, 1e-6)
-    return min(1.0, mbps / scoring.target_mbps), f"{mbps:.1f} Mbit/s of the target {scoring.target_mbps:g}"
+    value = min(1.0, mbps / scoring.target_mbps)
+    if measured.seconds < 1e-3:
+        return value, f"{measured.size_bytes} bytes in time, for which nobody waited"
+    return value, f"{mbps:.1f} Mbit/s of the target {scoring.target_mbps:g}"

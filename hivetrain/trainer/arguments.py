@@ -43,6 +43,10 @@ class SwarmArguments(TrainingArguments):  # type: ignore[misc]  # transformers h
             "is joined says; for its first peer, the samples of its own max_steps over target_batch_size."
         },
     )
+    min_peers: int = field(
+        default=1,
+        metadata={"help": "How many peers, this one included, have to be there before this one takes its first step."},
+    )
     peers_file: str | None = field(
         default=None, metadata={"help": "A file with initial peers, one multiaddress a line; '#' begins a comment."}
     )
@@ -58,4 +62,6 @@ class SwarmArguments(TrainingArguments):  # type: ignore[misc]  # transformers h
                 self.data_seed = secrets.randbelow(1 << 31)
         if self.swarm_epochs < 0:
             raise ConfigError(f"swarm_epochs must be 0 or more, got {self.swarm_epochs}")
+        if self.min_peers < 1:
+            raise ConfigError(f"min_peers must be 1 or more, got {self.min_peers}: this peer is one of them")
         super().__post_init__()

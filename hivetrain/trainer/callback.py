@@ -23,6 +23,7 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
         self._trainer.rounds.clear()
         # Only here are a checkpoint's optimizer and epoch loaded, too.
         self._trainer.session.adopt_state()
+        self._trainer.session.await_peers(args.min_peers, lambda: self._trainer.interrupted)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session = self._trainer.session

@@ -56,6 +56,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         on_round: called after each step of the swarm, on the training thread.
         shares_state: whether others may download our state from the beginning.
         is_last_step: whether training ends after the step under way.
+        least_peers: see `SwarmTracker`.
     """
 
     def __init__(
@@ -71,17 +72,17 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         on_round: Callable[[RoundReport], None],
         shares_state: bool,
         is_last_step: Callable[[], bool],
+        least_peers: int,
     ) -> None:
-        self._is_last_step = is_last_step
-        self._take_samples, self._on_round, self._shares_state = take_samples, on_round, shares_state
+        self._take_samples, self._is_last_step = take_samples, is_last_step
+        self._on_round, self._shares_state = on_round, shares_state
         self._notes, self._state_notes = Notes(), Notes()
         self._reach = config.reach
         self._group_size: int | None = None
         self._group_samples: int | None = None
-        self._own_samples = 0
+        self._own_samples, self.most_peers = 0, 1
         self._steps_s: deque[float] = deque(maxlen=5)
         self._step_ended: float | None = None
-        self.most_peers = 1
         self._waits_since: float | None = None
         self._failed_downloads, self._behind_since = 0, 0.0
         self.scheduled_grads: Any = None
@@ -100,7 +101,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
             )  # fmt: skip
-        self.tracker.called = self._is_called
+        self.tracker.called, self.tracker.least_peers = self._is_called, least_peers
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> SwarmTracker:
         return SwarmTracker(

@@ -82,6 +82,24 @@ class Session:
             time.sleep(JOIN_TRIES_APART_S)
         self.optimizer.share_state(True)
 
+    def await_peers(
+        self, least: int, is_stopped: Callable[[], bool], wait: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Wait until so many peers are here, we included, or we are told to stop."""
+        told = False
+        while not is_stopped():
+            try:
+                missing = least - 1 - len(self._board.others())
+            except ServiceError as exc:
+                logger.warning("swarm: who is here is not known: %s", exc)
+            else:
+                if missing <= 0:
+                    return
+                if not told:
+                    told = True
+                    print(f"Waiting for {missing} more of {least} peers; Ctrl-C stops", flush=True)
+            wait(JOIN_TRIES_APART_S)
+
     def settle(self) -> None:
         """Apply what is under way; at the end of the run, also hold the same bits as the others."""
         self.optimizer.flush()

@@ -591,7 +591,8 @@ def test_the_commands_exit_as_they_should(source: Source, place: Place) -> None:
     assert isinstance(source.store, FolderStore)
     copy = str(source.store.folder)
     where = ("--dir", copy + "/none", "--hub.endpoint", place.hub.url, "--hub.repo", REPO)
-    assert command("explain", "1", CHEAT.hotkey, *where)[0] == 0
+    status, text = command("explain", "1", CHEAT.hotkey[:8], *where)
+    assert (status, f"miner {CHEAT.hotkey}\n" in text) == (0, True)
     status, text = command("explain", "1", MINER.hotkey, *where, "--from", copy, "--json")
     assert (status, json.loads(text)["holds"]) == (0, True)
     status, text = command("audit", "1", CHEAT.hotkey, *where, "--json")
@@ -599,7 +600,8 @@ def test_the_commands_exit_as_they_should(source: Source, place: Place) -> None:
     for words, expected in (
         (("explain", "0", MINER.hotkey, *where), "epoch 0 is the genesis"),
         (("explain", "7", MINER.hotkey, *where), "no epoch 7"),
-        (("explain", "1", "nobody", *where), "was no miner of epoch 1"),
+        (("explain", "1", "nobody", *where), "nobody is no miner's hotkey in epoch 1"),
+        (("explain", "1", "", *where), "is no miner's hotkey in epoch 1"),
         (("explain", "1", MINER.hotkey, "--dir", copy), "no run in"),
         (("explain", "1", MINER.hotkey, *where, "--from", copy + "/none"), "no folder"),
         (("audit", "1", MINER.hotkey, "--dir", copy, "--from", copy), "name --hub.endpoint"),

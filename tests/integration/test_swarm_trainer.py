@@ -267,18 +267,21 @@ def test_ctrl_c_ends_training_without_a_traceback(start: Start, twice: bool) -> 
     assert not alive
 
 
-def test_the_dora_example_trains_with_a_friend_who_copies_the_printed_line(start: Start, tmp_path: Path) -> None:
-    def example(name: str, peers: str, steps: str) -> Peer:
-        arguments = ["--run_id", "t", "--output_dir", str(tmp_path / name), "--max_steps", steps]
+def test_the_dora_example_waits_for_a_friend_who_copies_the_printed_line(start: Start, tmp_path: Path) -> None:
+    def example(name: str, peers: str) -> Peer:
+        arguments = ["--run_id", "t", "--min_peers", "2", "--swarm_epochs", "3", "--output_dir", str(tmp_path / name)]
         return start(arguments, peers, script=EXAMPLES / "dora.py")
 
-    first = example("a", "", "2000")
-    friend = example("b", first.address(), "8")
-    # The friend leaves after its own steps, with what the two have trained so far.
-    assert friend.wait(END_S) == 0, friend.text
+    first = example("a", "")
+    first.wait_for("Waiting for 1 more of 2 peers")
+    friend = example("b", first.address())
+    for peer in (first, friend):
+        assert peer.wait(END_S) == 0, peer.text
+        assert "peers=2" in peer.text
+        assert "Traceback" not in peer.text
     assert "loaded from the swarm" in friend.text
-    assert "Traceback" not in friend.text
-    assert (tmp_path / "b" / "adapter_model.safetensors").exists()
+    saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b")]
+    assert saved[0] == saved[1]
 
 
 def test_the_causal_lm_example_and_the_notebook_train_alone(start: Start, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_failed_check_pays_nothing_and_its_tokens_do_not_set_the_best() -> Non
         (Bandwidth(size_bytes=0, seconds=0.0, in_time=True), 0.0, "sent nothing"),
         (Bandwidth(size_bytes=5_000_000, seconds=1.0, in_time=False), 0.0, "late"),
         (Bandwidth(size_bytes=999_999, seconds=900.0, in_time=True), 1.0, "in time"),
+        (Bandwidth(size_bytes=5_000_000, seconds=0.0, in_time=True), 1.0, "nobody waited"),
     ],
 )
 def test_bandwidth_of_the_missing_the_late_and_the_small(measured: Bandwidth, value: float, says: str) -> None:

@@ -165,6 +165,35 @@ def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
     assert asked == [pytest.approx(70.0, abs=5.0), 70.0, 70.0, 1000]
 
 
+class Lobbyists:
+    """A board on which one more peer is seen at each look; at the second one it cannot be read."""
+
+    me = types.SimpleNamespace(swarm_epochs=3)
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def others(self) -> list[str]:
+        self.looks += 1
+        if self.looks == 2:
+            raise ServiceError("the DHT did not answer")
+        return ["peer"] * (self.looks - 1)
+
+
+def test_so_many_peers_as_asked_for_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    def waits(least: int, stops_after: int = 99) -> int:
+        waited: list[float] = []
+        staying = session.Session(None, None, Lobbyists(), [])
+        staying.await_peers(least, lambda: len(waited) >= stops_after, waited.append)
+        return len(waited)
+
+    assert waits(1) == 0
+    assert capsys.readouterr().out == ""
+    assert waits(3) == 2
+    assert capsys.readouterr().out == "Waiting for 2 more of 3 peers; Ctrl-C stops\n"
+    assert waits(50, stops_after=4) == 4
+
+
 def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:
     config = read_config(
         {"dht": {"host_maddrs": ["/ip4/localhost/tcp/x"]}, "opt": {"run_id": "a", "target_batch_size": 1}}
