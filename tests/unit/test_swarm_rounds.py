@@ -49,7 +49,13 @@ class Trainer:
 
     def __init__(self) -> None:
         self.rounds: list[RoundReport] = []
-        self.session = types.SimpleNamespace(adopt_state=lambda: None, epoch=0, swarm_epochs=9)
+        self.waited_for: list[int] = []
+        self.session = types.SimpleNamespace(
+            adopt_state=lambda: None,
+            await_peers=lambda least, is_stopped: self.waited_for.append(least),
+            epoch=0,
+            swarm_epochs=9,
+        )
         self.interrupted = False
         self.callback_handler = types.SimpleNamespace(callbacks=[])
 
@@ -63,7 +69,8 @@ class Trainer:
 def test_the_log_says_so_at_the_end_of_training(peers: int, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer()
     callback, control = SwarmCallback(trainer), types.SimpleNamespace(should_training_stop=False)
-    callback.on_train_begin(None, None, control)
+    callback.on_train_begin(types.SimpleNamespace(min_peers=3), None, control)
+    assert trainer.waited_for == [3]
     for epoch, members in ((1, 1), (2, peers)):
         trainer.rounds.append(RoundReport(epoch=epoch, peers=members, samples=96, seconds=0.1, sent_bytes=0))
         callback.on_step_end(None, None, control)
