@@ -163,10 +163,15 @@ class Source:
 
 
 def _is_up(endpoint: str) -> bool:
-    place = urlsplit(endpoint)
+    """False where nothing listens at a place of this machine's; what is elsewhere is asked when it is needed."""
     try:
-        with socket.create_connection((place.hostname or "", place.port or 80), LOCAL_TIMEOUT_S):
+        place = urlsplit(endpoint)
+        if place.hostname not in ("127.0.0.1", "localhost", "::1") or place.port is None:
             return True
+        with socket.create_connection((place.hostname, place.port), LOCAL_TIMEOUT_S):
+            return True
+    except ValueError:  # no port
+        return True
     except OSError:
         return False
 

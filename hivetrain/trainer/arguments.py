@@ -45,7 +45,7 @@ class SwarmArguments(TrainingArguments):  # type: ignore[misc]  # transformers h
     )
     min_peers: int = field(
         default=1,
-        metadata={"help": "How many peers, this one included, have to be there before this one takes its first step."},
+        metadata={"help": "How many peers, this one included, have to train before this one takes its second step."},
     )
     peers_file: str | None = field(
         default=None, metadata={"help": "A file with initial peers, one multiaddress a line; '#' begins a comment."}

@@ -114,7 +114,10 @@ class Board:
         while True:
             here = self._here()
             found = {OURS: mine, **self._endings(here)}
-            expected, present = [OURS, *here], list(found.values())
+            newest = {one.peer_id: owner for owner, one in sorted(here.items(), key=lambda item: item[1].since)}
+            # Who was killed and came back signs with another key: the one before says nothing any more.
+            alive = (owner for owner, one in here.items() if owner in found or newest[one.peer_id] == owner)
+            expected, present = [OURS, *alive], list(found.values())
             if (late := clock() - until) >= 0:  # whoever was killed is still listed for a while
                 expected = list(found)
             if agreed(found, expected):

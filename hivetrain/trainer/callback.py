@@ -17,13 +17,14 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._reported = self._rounds = self._averaged = 0
+        self._stepped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._reported = self._rounds = self._averaged = 0
+        self._stepped = False
         self._trainer.rounds.clear()
         # Only here are a checkpoint's optimizer and epoch loaded, too.
         self._trainer.session.adopt_state()
-        self._trainer.session.await_peers(args.min_peers, lambda: self._trainer.interrupted)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session = self._trainer.session
@@ -35,6 +36,9 @@ class SwarmCallback(TrainerCallback):  # type: ignore[misc]  # transformers has 
             control.should_evaluate = control.should_evaluate or args.eval_strategy == IntervalStrategy.STEPS
         if self._trainer.interrupted:
             control.should_training_stop = True
+        elif not self._stepped and not control.should_training_stop:
+            session.await_peers(args.min_peers, lambda: self._trainer.interrupted)
+        self._stepped = True
         if control.should_training_stop:
             session.settle()
 

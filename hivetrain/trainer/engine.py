@@ -56,7 +56,6 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         on_round: called after each step of the swarm, on the training thread.
         shares_state: whether others may download our state from the beginning.
         is_last_step: whether training ends after the step under way.
-        least_peers: see `SwarmTracker`.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         on_round: Callable[[RoundReport], None],
         shares_state: bool,
         is_last_step: Callable[[], bool],
-        least_peers: int,
     ) -> None:
         self._take_samples, self._is_last_step = take_samples, is_last_step
         self._on_round, self._shares_state = on_round, shares_state
@@ -101,7 +99,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 dht=node.dht, run_id=config.run_id, target_batch_size=config.target_batch_size,
                 params=params, optimizer=optimizer, scheduler=scheduler, **options,
             )  # fmt: skip
-        self.tracker.called, self.tracker.least_peers = self._is_called, least_peers
+        self.tracker.called = self._is_called
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> SwarmTracker:
         return SwarmTracker(

@@ -85,20 +85,23 @@ class Session:
     def await_peers(
         self, least: int, is_stopped: Callable[[], bool], wait: Callable[[float], None] = time.sleep
     ) -> None:
-        """Wait until so many peers are here, we included, or we are told to stop."""
-        told = False
+        """Wait until so many peers train, we included, the swarm goes on without us, or we are told to stop.
+
+        Who trains is who has told of samples: a peer that is here may still load its model, or our state.
+        """
+        tracker, looks = self.optimizer.tracker, 0
         while not is_stopped():
-            try:
-                missing = least - 1 - len(self._board.others())
-            except ServiceError as exc:
-                logger.warning("swarm: who is here is not known: %s", exc)
-            else:
-                if missing <= 0:
-                    return
-                if not told:
-                    told = True
-                    print(f"Waiting for {missing} more of {least} peers; Ctrl-C stops", flush=True)
+            known = tracker.global_progress
+            if max(1, known.num_peers) >= least or known.epoch > self.epoch:
+                break
+            if looks == 2:
+                missing = least - max(1, known.num_peers)
+                print(f"Waiting for {missing} more of {least} peers; Ctrl-C stops", flush=True)
+            looks += 1
+            tracker.look_again()
             wait(JOIN_TRIES_APART_S)
+        if looks:
+            tracker.performance_ema.reset_timer()  # waiting is no work
 
     def settle(self) -> None:
         """Apply what is under way; at the end of the run, also hold the same bits as the others."""

@@ -186,7 +186,6 @@ class SwarmTrainer(Trainer):  # type: ignore[misc]  # transformers has no types 
             on_round=self.rounds.append,
             shares_state=session.founding,
             is_last_step=lambda: self.interrupted or self.state.global_step + 1 >= self.state.max_steps,
-            least_peers=args.min_peers,
         )
         return session
 

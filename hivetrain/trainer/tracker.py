@@ -16,7 +16,6 @@ from hivemind.optim.progress_tracker import ProgressTracker
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.asyncio import enter_asynchronously
 
-MEET_S = 30.0
 REPORT_S = 0.5  # between two reports of our samples: no peer looks more often
 
 
@@ -50,13 +49,10 @@ class SwarmTracker(ProgressTracker):  # type: ignore[misc]
 
     Attributes:
         called: whether our group averages now, whatever we know of the swarm's samples.
-        least_peers: how many, we included, have to be seen training before the first epoch ends; `MEET_S` at most.
     """
 
     called: Callable[[], bool] = staticmethod(lambda: False)
-    least_peers = 1
     global_progress: Any
-    _waits_since: float | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, start=False)
@@ -72,17 +68,12 @@ class SwarmTracker(ProgressTracker):  # type: ignore[misc]
     @property
     def ready_to_update_epoch(self) -> bool:
         """Whether the swarm has its samples: as far as we know, or because a member of our group knows."""
-        return self.called() or (self._has_met() and bool(super().ready_to_update_epoch))
+        return self.called() or bool(super().ready_to_update_epoch)
 
-    def _has_met(self) -> bool:
-        # Others are here, but hivemind sees whom it has heard of training, seconds later: small epochs would end alone.
-        if self.least_peers > 1:
-            now, known = time.monotonic(), self.global_progress
-            self._waits_since = now if self._waits_since is None else self._waits_since
-            seen = known.num_peers >= self.least_peers or known.epoch > self.local_progress.epoch
-            if seen or now > self._waits_since + MEET_S:
-                self.least_peers = 1
-        return self.least_peers <= 1
+    def look_again(self) -> None:
+        """Ask the DHT now, whenever it would have been asked."""
+        self.global_progress.next_fetch_time = 0.0
+        self.global_state_updated.set()
 
     def report_local_progress(self, local_epoch: int, samples_accumulated: int, **kwargs: Any) -> None:
         """As hivemind's; but not every step is told to others."""

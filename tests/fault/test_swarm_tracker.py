@@ -77,23 +77,14 @@ def test_a_round_does_not_wait_for_the_dht_and_its_answer_is_taken_in(dht: Stuck
     assert tracker.fetched_global_progress_this_epoch.wait(10)
 
 
-def test_the_first_epoch_does_not_end_before_those_who_were_waited_for_are_seen(
-    tracker: SwarmTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracker.report_local_progress(0, 500)
-    assert tracker.ready_to_update_epoch
-    for peers, epoch, later_s, ready in (
-        (1, 0, 0.0, False), (3, 0, 0.0, True), (1, 1, 0.0, True), (1, 0, 29.0, False), (1, 0, 31.0, True)
-    ):  # fmt: skip
-        now = [100.0]
-        monkeypatch.setattr("hivetrain.trainer.tracker.time.monotonic", lambda now=now: now[0])
-        tracker.least_peers, tracker._waits_since = 3, None
-        with tracker.pause_updates():
-            tracker.global_progress.num_peers, tracker.global_progress.epoch = 1, 0
-            assert not tracker.ready_to_update_epoch
-            tracker.global_progress.num_peers, tracker.global_progress.epoch = peers, epoch
-            now[0] += later_s
-            assert tracker.ready_to_update_epoch == ready
+def test_the_dht_is_asked_again_at_once_where_that_is_wanted(dht: StuckDHT, tracker: SwarmTracker) -> None:
+    tracker.default_refresh_period = 1000.0
+    until(lambda: dht.asked)
+    dht.asked[0].set_result(None)
+    assert tracker.fetched_global_progress_this_epoch.wait(10)
+    until(lambda: tracker.global_progress.next_fetch_time > time.time() + 500)
+    tracker.look_again()
+    until(lambda: len(dht.asked) > 1)
 
 
 def test_an_answer_from_before_our_epoch_does_not_count_as_news_of_it(dht: StuckDHT, tracker: SwarmTracker) -> None:

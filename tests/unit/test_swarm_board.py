@@ -229,6 +229,16 @@ def test_nobody_can_say_how_another_peer_ended(records: Records, comes: bool) ->
         end.board.close()
 
 
+def test_who_was_killed_and_came_back_is_waited_for_once(records: Records) -> None:
+    a, b = End(records, "a", 0, "x"), End(records, "b", 5, "x")
+    records.of("b before").publish("run_hivetrain_peers", presence("b", 1.0).to_wire(), 60)
+    b.board._publish_ending(10, "x", 96, True)
+    assert a.settle()
+    assert a.now == 0.0
+    for end in (a, b):
+        end.board.close()
+
+
 def test_nobody_downloads_before_everyone_has_ended(records: Records) -> None:
     a, b, c = (End(records, name, i, digest) for i, (name, digest) in enumerate([("a", "x"), ("b", "y"), ("c", "y")]))
     a.board._publish_ending(10, "x", 96, True)

@@ -165,33 +165,37 @@ def test_whatever_is_downloaded_may_take_load_state_timeout() -> None:
     assert asked == [pytest.approx(70.0, abs=5.0), 70.0, 70.0, 1000]
 
 
-class Lobbyists:
-    """A board on which one more peer is seen at each look; at the second one it cannot be read."""
+class Watching:
+    """A tracker that sees one more peer training each time that it looks again."""
 
-    me = types.SimpleNamespace(swarm_epochs=3)
+    def __init__(self, epoch: int = 3) -> None:
+        self.global_progress = types.SimpleNamespace(num_peers=0, epoch=epoch)
+        self.performance_ema, self.resets = types.SimpleNamespace(reset_timer=self.reset), 0
 
-    def __init__(self) -> None:
-        self.looks = 0
+    def reset(self) -> None:
+        self.resets += 1
 
-    def others(self) -> list[str]:
-        self.looks += 1
-        if self.looks == 2:
-            raise ServiceError("the DHT did not answer")
-        return ["peer"] * (self.looks - 1)
+    def look_again(self) -> None:
+        self.global_progress.num_peers += 1
 
 
 def test_so_many_peers_as_asked_for_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
-    def waits(least: int, stops_after: int = 99) -> int:
+    def waits(least: int, stops_after: int = 99, epoch: int = 3) -> int:
         waited: list[float] = []
-        staying = session.Session(None, None, Lobbyists(), [])
+        tracker = Watching(epoch)
+        staying = session.Session(None, None, None, [])
+        staying.optimizer = types.SimpleNamespace(tracker=tracker, local_epoch=3)
         staying.await_peers(least, lambda: len(waited) >= stops_after, waited.append)
+        assert tracker.resets == bool(waited), "waiting is no work"
         return len(waited)
 
     assert waits(1) == 0
+    assert waits(2) == 2
     assert capsys.readouterr().out == ""
-    assert waits(3) == 2
-    assert capsys.readouterr().out == "Waiting for 2 more of 3 peers; Ctrl-C stops\n"
+    assert waits(4) == 4
+    assert capsys.readouterr().out == "Waiting for 2 more of 4 peers; Ctrl-C stops\n"
     assert waits(50, stops_after=4) == 4
+    assert waits(50, epoch=4) == 0, "the swarm goes on without us"
 
 
 def test_a_malformed_address_is_refused_before_the_daemon_is_started() -> None:

@@ -69,12 +69,13 @@ class Trainer:
 def test_the_log_says_so_at_the_end_of_training(peers: int, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer()
     callback, control = SwarmCallback(trainer), types.SimpleNamespace(should_training_stop=False)
-    callback.on_train_begin(types.SimpleNamespace(min_peers=3), None, control)
-    assert trainer.waited_for == [3]
+    args = types.SimpleNamespace(min_peers=3)
+    callback.on_train_begin(args, None, control)
     for epoch, members in ((1, 1), (2, peers)):
         trainer.rounds.append(RoundReport(epoch=epoch, peers=members, samples=96, seconds=0.1, sent_bytes=0))
-        callback.on_step_end(None, None, control)
-    callback.on_step_end(None, None, control)
+        callback.on_step_end(args, None, control)
+    callback.on_step_end(args, None, control)
+    assert trainer.waited_for == [3], "once"
     with caplog.at_level(logging.WARNING):
         callback.on_train_end(None, None, control)
     assert ("not one of 2 rounds" in caplog.text) == (peers == 1)
