@@ -94,6 +94,8 @@ class Session:
             known = tracker.global_progress
             if max(1, known.num_peers) >= least or known.epoch > self.epoch:
                 break
+            if looks == 0:
+                tracker.tell_idle()
             if looks == 2:
                 missing = least - max(1, known.num_peers)
                 print(f"Waiting for {missing} more of {least} peers; Ctrl-C stops", flush=True)

@@ -53,6 +53,7 @@ class SwarmTracker(ProgressTracker):  # type: ignore[misc]
 
     called: Callable[[], bool] = staticmethod(lambda: False)
     global_progress: Any
+    local_progress: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, start=False)
@@ -69,6 +70,11 @@ class SwarmTracker(ProgressTracker):  # type: ignore[misc]
     def ready_to_update_epoch(self) -> bool:
         """Whether the swarm has its samples: as far as we know, or because a member of our group knows."""
         return self.called() or bool(super().ready_to_update_epoch)
+
+    def tell_idle(self) -> None:
+        """Tell others that we add no samples for now: from our rate they would reckon some that we do not have."""
+        self.local_progress = self.local_progress.copy(update={"samples_per_second": 0.0, "time": get_dht_time()})
+        self.should_report_progress.set()
 
     def look_again(self) -> None:
         """Ask the DHT now, whenever it would have been asked."""

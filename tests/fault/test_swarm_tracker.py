@@ -77,6 +77,17 @@ def test_a_round_does_not_wait_for_the_dht_and_its_answer_is_taken_in(dht: Stuck
     assert tracker.fetched_global_progress_this_epoch.wait(10)
 
 
+def test_who_waits_tells_that_no_more_samples_come(dht: StuckDHT, tracker: SwarmTracker) -> None:
+    tracker.report_local_progress(0, 8)
+    until(lambda: dht.stored)
+    assert dht.stored[-1]["samples_per_second"] > 0
+    tracker.tell_idle()
+    until(lambda: len(dht.stored) > 1)
+    assert (dht.stored[-1]["samples_accumulated"], dht.stored[-1]["samples_per_second"]) == (8, 0.0)
+    tracker.report_local_progress(0, 16)
+    assert tracker.local_progress.samples_per_second > 0
+
+
 def test_the_dht_is_asked_again_at_once_where_that_is_wanted(dht: StuckDHT, tracker: SwarmTracker) -> None:
     tracker.default_refresh_period = 1000.0
     until(lambda: dht.asked)

@@ -175,6 +175,9 @@ class Watching:
     def reset(self) -> None:
         self.resets += 1
 
+    def tell_idle(self) -> None:
+        assert self.global_progress.num_peers == 0, "before anything else"
+
     def look_again(self) -> None:
         self.global_progress.num_peers += 1
 
