@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--data", help="a text file, one document a line; default: made-up text")
     parser.add_argument("--output_dir", default="outputs/causal_lm")
     parser.add_argument("--target_batch_size", type=int, default=64, help="samples, over all peers, of one step")
-    parser.add_argument("--min_peers", type=int, default=1, help="how many have to be there before training begins")
+    parser.add_argument("--min_peers", type=int, default=1, help="how many wait for each other after one step")
     parser.add_argument("--swarm_epochs", type=int, default=0, help="steps of the swarm; 0: as its first peer says")
     parser.add_argument("--max_steps", type=int, default=200, help="of this peer, at most")
     parser.add_argument("--listen", help="such as /ip4/0.0.0.0/tcp/4001, for others than this machine")

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", help="name or folder of a causal language model; default: a tiny one")
     parser.add_argument("--data", help="a text file, one document a line; default: made-up text")
     parser.add_argument("--output_dir", default="outputs/dora")
-    parser.add_argument("--min_peers", type=int, default=1, help="how many have to be there before training begins")
+    parser.add_argument("--min_peers", type=int, default=1, help="how many wait for each other after one step")
     parser.add_argument("--swarm_epochs", type=int, default=0, help="steps of the swarm; 12 without max_steps")
     parser.add_argument("--max_steps", type=int, default=-1, help="of this peer, at most")
     options = parser.parse_args()

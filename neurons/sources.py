@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -152,14 +153,23 @@ class Source:
         if not records:
             why = "; ".join(refused.values()) or "no validator has published any"
             raise HivetrainError(f"no checks of round {number}, which made epoch {ref.epoch}: {why}")
-        miners = sorted({one for record in records for one in record.miners})
-        if hotkey not in miners:
-            meant = [one for one in miners if len(hotkey) >= MIN_PREFIX and one.startswith(hotkey)]
-            if len(meant) != 1:
-                named = "is the beginning of several miners of" if meant else "is no miner's hotkey in"
-                raise ConfigError(f"{hotkey} {named} epoch {ref.epoch}; its miners: {', '.join(miners)}")
-            hotkey = meant[0]
+        hotkey = whose(hotkey, {one for record in records for one in record.miners}, ref.epoch)
         return hotkey, [record for record in records if hotkey in record.miners], refused
+
+
+def whose(hotkey: str, miners: Collection[str], epoch: int) -> str:
+    """The one of an epoch's ``miners`` that ``hotkey`` is, or is the beginning of.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    if hotkey in miners:
+        return hotkey
+    meant = [one for one in miners if len(hotkey) >= MIN_PREFIX and one.startswith(hotkey)]
+    if len(meant) != 1:
+        named = "is the beginning of several miners of" if meant else "is no miner's hotkey in"
+        raise ConfigError(f"{hotkey} {named} epoch {epoch}; its miners: {', '.join(sorted(miners))}")
+    return meant[0]
 
 
 def _is_up(endpoint: str) -> bool:

@@ -6,6 +6,7 @@ takes no others; the model has 17 thousand parameters and a round of eight inner
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import random
@@ -200,6 +201,12 @@ class World:
 
 
 _shared: list[World] = []
+
+
+def ask(handlers: Handlers, world: World, who: object = VALIDATOR, **fields: object) -> TrainReply:
+    """What ``who`` is answered to a Train of this round."""
+    synapse = Train.model_validate({"run_id": world.parts.run_id, "round": ROUND, **fields})
+    return asyncio.run(handlers.train(synapse, caller(who)))  # type: ignore[arg-type]
 
 
 def shared_world(folders: pytest.TempPathFactory) -> World:

@@ -92,12 +92,12 @@ class Session:
         tracker, looks = self.optimizer.tracker, 0
         while not is_stopped():
             known = tracker.global_progress
-            if max(1, known.num_peers) >= least or known.epoch > self.epoch:
+            missing = least - max(1, known.num_peers)
+            if missing <= 0 or known.epoch > self.epoch:
                 break
             if looks == 0:
                 tracker.tell_idle()
             if looks == 2:
-                missing = least - max(1, known.num_peers)
                 print(f"Waiting for {missing} more of {least} peers; Ctrl-C stops", flush=True)
             looks += 1
             tracker.look_again()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from bench.attacks.catalogue import make_cheat
 from bench.attacks.cheat import Cheat
 from bench.attacks.miner import BentHandlers
 from hivetrain.contribution import Contribution
-from template.handlers import Handlers
 from template.protocol import Train, TrainReply
-from tests.round_kit import COINS, COINS_DIGEST, ROUND, VALIDATOR, World, caller, identity, shared_world
+from tests.round_kit import COINS, COINS_DIGEST, World, ask, identity, shared_world
 
 ME = identity("miner")
 
@@ -25,11 +22,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def contribution(world: World) -> Contribution:
     return world.contribution(ME)
-
-
-def ask(handlers: Handlers, world: World, **fields: object) -> TrainReply:
-    synapse = Train.model_validate({"run_id": world.parts.run_id, "round": ROUND, **fields})
-    return asyncio.run(handlers.train(synapse, caller(VALIDATOR)))
 
 
 def challenged(world: World, contribution: Contribution, cheat: Cheat) -> tuple[TrainReply, TrainReply]:

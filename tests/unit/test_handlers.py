@@ -20,8 +20,8 @@ from hivetrain.workbench import make_layout
 from template.board import AllReduceTask, Board
 from template.chain.keys import verify
 from template.handlers import MAX_DEADLINE_S, MAX_PLAN_BYTES, Handlers, parse_plan, spec_version
-from template.protocol import AllReduce, AllReduceReply, IsAlive, Train, TrainReply
-from tests.round_kit import COINS, COINS_DIGEST, ROUND, VALIDATOR, World, caller, identity, shared_world
+from template.protocol import AllReduce, AllReduceReply, IsAlive
+from tests.round_kit import COINS, COINS_DIGEST, ROUND, VALIDATOR, World, ask, caller, identity, shared_world
 
 ME = identity("miner")
 SECOND_VALIDATOR = identity("validator-2")
@@ -45,11 +45,6 @@ def board(world: World, contribution: Contribution) -> Board:
 @pytest.fixture
 def handlers(world: World, board: Board) -> Handlers:
     return world.handlers(ME, board)
-
-
-def ask(handlers: Handlers, world: World, who: object = VALIDATOR, **fields: object) -> TrainReply:
-    synapse = Train.model_validate({"run_id": world.parts.run_id, "round": ROUND, **fields})
-    return asyncio.run(handlers.train(synapse, caller(who)))  # type: ignore[arg-type]
 
 
 def hand_over_coins(handlers: Handlers, world: World, who: object = VALIDATOR) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from hivetrain.errors import ConfigError
 from neurons import sources
-from neurons.sources import open_source
+from neurons.sources import open_source, whose
 
 
 class Genesis:
@@ -30,3 +30,20 @@ def test_a_network_that_does_not_run_is_named_with_what_to_do(tmp_path: Path, mo
     copy = tmp_path / "copy"
     copy.mkdir()
     assert open_source(dir=tmp_path, copy=copy).label == str(copy)  # needs no hub
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("5Abc", "is the beginning of several miners of epoch 3; its miners: 5AbcX, 5AbcY, 5Z"),
+        ("5Ab", "is no miner's hotkey in"),  # too short to mean anybody
+        ("", "is no miner's hotkey in"),
+        ("5Nobody", "is no miner's hotkey in"),
+    ],
+)
+def test_the_beginning_of_no_or_several_hotkeys_is_refused(asked: str, says: str) -> None:
+    miners = ("5AbcY", "5AbcX", "5Z")
+    assert whose("5AbcX", miners, 3) == "5AbcX"
+    assert whose("5Z", miners, 3) == "5Z"
+    with pytest.raises(ConfigError, match=says):
+        whose(asked, miners, 3)

@@ -80,6 +80,8 @@ def test_arguments_that_cannot_work_are_refused_at_once(tmp_path: Path) -> None:
         arguments(tmp_path, {"opt": {}})
     with pytest.raises(ConfigError, match="swarm_epochs"):
         arguments(tmp_path, swarm_epochs=-1)
+    with pytest.raises(ConfigError, match="min_peers must be 1 or more, got 0"):
+        arguments(tmp_path, min_peers=0)
 
 
 def test_a_trainer_without_a_swarm_is_refused(tmp_path: Path) -> None:
